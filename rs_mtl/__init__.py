@@ -1,0 +1,27 @@
+"Multi-task learning for remote sensing: classes, height and clear images from optical and SAR."
+__version__ = '0.1.0'
+
+import importlib as _importlib
+from typing import Any as _Any
+
+from .repair import install_repair as _install_repair
+
+_install_repair()
+
+# Public name -> the module that defines it. Nothing is imported until a name is used,
+# so that `import rs_mtl` costs milliseconds and needs neither torch nor rasterio.
+_PUBLIC = {
+    'create_model': 'core', 'list_models': 'core', 'show_progress': 'core',
+}
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    value = getattr(_importlib.import_module(f'.{_PUBLIC[name]}', __name__), name)
+    globals()[name] = value  # found once, kept
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*_PUBLIC, '__version__'])
