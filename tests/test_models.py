@@ -1,0 +1,145 @@
+"""What every model must hold. A new model joins with one line in `CASES`."""
+import json
+
+import pytest
+import torch
+
+import rs_mtl
+from rs_mtl.core import BandError, DataError
+
+TINY = dict(encoder='resnet10t', width=16)
+CASES = {
+    'plain': dict(model='plain', bands=4, classes=6, **TINY),
+    'plain, own decoders': dict(model='plain', bands=4, classes=6, share='encoder', **TINY),
+    'plain, two sensors': dict(model='plain', bands=4, sar_bands=2, classes=7, tasks=('mask', 'clear', 'cloud_impact'), **TINY),
+    'plain, radar alone': dict(model='plain', bands=0, sar_bands=1, classes=3, tasks=('mask',), **TINY),
+    'plain, one band': dict(model='plain', bands=1, classes=2, **TINY),
+    'plain, thirteen bands': dict(model='plain', bands=13, classes=6, **TINY),
+    'plain, no stem': dict(model='plain', bands=3, classes=6, detail=0, **TINY),
+    'plain, group norm': dict(model='plain', bands=3, classes=6, norm='group', **TINY),
+    'plain, convnext': dict(model='plain', bands=3, classes=6, encoder='convnext_atto', width=16),
+    'plain, swin': dict(model='plain', bands=3, classes=6, encoder='swin_tiny_patch4_window7_224', width=16),
+    'plain, pvt': dict(model='plain', bands=3, classes=6, encoder='pvt_v2_b0', width=16),
+    'plain, mobilenet': dict(model='plain', bands=3, classes=6, encoder='mobilenetv3_small_100', width=16),
+}
+
+
+@pytest.fixture(params=CASES, scope='module')
+def case(request):
+    config = dict(CASES[request.param])
+    torch.manual_seed(0)
+    return rs_mtl.create_model(config.pop('model'), **config), CASES[request.param]
+
+
+def batch_for(config, n=2, h=64, w=64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    bands = {'image': config['bands'], 'sar': config.get('sar_bands', 0)}
+    return {k: torch.rand(n, b, h, w, generator=g) for k, b in bands.items() if b}
+
+
+def channels(config):
+    all_ = {'mask': config['classes'], 'height': 1, 'clear': config['bands'], 'cloud_impact': 1}
+    return {t: all_[t] for t in config.get('tasks', ('mask', 'height'))}
+
+
+def test_forward_and_backward_reach_every_parameter(case):
+    net, config = case
+    out = net.train()(batch_for(config))
+    assert {k: v.shape[1] for k, v in out.items() if not k.startswith('aux_')} == channels(config)
+    sum(m.float().square().mean() for m in out.values()).backward()
+    idle = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    net.zero_grad()
+    assert not idle
+
+
+@pytest.mark.parametrize('size', [(1, 1), (1, 300), (31, 33), (65, 47)])
+def test_any_size_comes_back_at_its_size(case, size):
+    net, config = case
+    with torch.no_grad():
+        out = net.eval()(batch_for(config, 1, *size))
+    assert {tuple(m.shape[-2:]) for m in out.values()} == {size}
+    assert all(m.isfinite().all() for m in out.values())
+
+
+def test_an_answer_does_not_depend_on_the_rest_of_the_batch(case):
+    net, config = case
+    both = batch_for(config, 2)
+    with torch.no_grad():
+        pair, one = net.eval()(both), net({k: v[:1] for k, v in both.items()})
+    for k in one:
+        torch.testing.assert_close(pair[k][:1], one[k], rtol=1e-4, atol=1e-4)
+
+
+def test_same_seed_same_net(case):
+    _, config = case
+    config = dict(config)
+    name = config.pop('model')
+    nets = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        nets.append(rs_mtl.create_model(name, **config).state_dict())
+    assert all(torch.equal(nets[0][k], nets[1][k]) for k in nets[0])
+
+
+def test_wrong_bands_are_refused(case):
+    net, config = case
+    batch = batch_for(config)
+    key = next(iter(batch))
+    with pytest.raises(BandError, match='as this net was built for'):
+        net({**batch, key: torch.rand(2, batch[key].shape[1] + 1, 64, 64)})
+    with pytest.raises(DataError, match='the batch has no'):
+        net({k: v for k, v in batch.items() if k != key})
+
+
+def test_config_is_json_and_builds_the_same_net(case):
+    net, _ = case
+    config = json.loads(json.dumps(net.config))
+    again = rs_mtl.create_model(config.pop('model'), **config)
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in net.state_dict().items()}
+
+
+def test_save_and_load_give_the_same_maps(case, tmp_path):
+    net, config = case
+    net.set_stats({k: ([.3] * v.shape[1], [.2] * v.shape[1]) for k, v in batch_for(config).items()})
+    net.meta['classes'] = [str(i) for i in range(config['classes'])]
+    rs_mtl.save(net, tmp_path / 'net')
+    again = rs_mtl.load(tmp_path / 'net').eval()
+    assert again.meta == net.meta and again.config == json.loads(json.dumps(net.config))
+    with torch.no_grad():
+        a, b = net.eval()(batch_for(config)), again(batch_for(config))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_channels_last_gives_the_same_maps(case):
+    net, config = case
+    batch = batch_for(config)
+    with torch.no_grad():
+        a = net.eval()(batch)
+        b = net.to(memory_format=torch.channels_last)({k: v.to(memory_format=torch.channels_last) for k, v in batch.items()})
+    net.to(memory_format=torch.contiguous_format)
+    for k in a:
+        torch.testing.assert_close(a[k], b[k], rtol=1e-3, atol=1e-3)
+
+
+def test_bfloat16_autocast_runs_and_stays_close(case):
+    net, config = case
+    batch = batch_for(config)
+    with torch.no_grad():
+        a = net.eval()(batch)
+        with torch.autocast('cpu', torch.bfloat16):
+            b = net(batch)
+    for k in a:
+        assert (a[k] - b[k].float()).abs().mean() < .1 * (a[k].abs().mean() + .1)
+
+
+@pytest.mark.parametrize('name', ['plain', 'plain, two sensors', 'plain, convnext'])
+def test_torch_export_gives_the_same_maps(name):
+    config = dict(CASES[name])
+    torch.manual_seed(0)
+    net = rs_mtl.create_model(config.pop('model'), **config).eval()
+    batch = batch_for(CASES[name], 1)
+    program = torch.export.export(net, (batch,))
+    with torch.no_grad():
+        a, b = net(batch), program.module()(batch)
+    for k in a:
+        torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=1e-4)
