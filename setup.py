@@ -13,6 +13,8 @@ cfg = ini['DEFAULT']
 lib = cfg['lib_path']
 
 PYTHONS = ['3.11', '3.12', '3.13']
+STATUS = {'2': 'Pre-Alpha', '3': 'Alpha', '4': 'Beta', '5': 'Production/Stable'}
+LICENCES = {'apache2': 'Apache-2.0'}
 
 
 class BuildWithRuns(build_py):
@@ -20,6 +22,7 @@ class BuildWithRuns(build_py):
 
     def run(self) -> None:
         super().run()
+        if getattr(self, 'editable_mode', False): return  # the checkout itself is used
         target = Path(self.build_lib) / lib / 'notebooks'
         for notebook in sorted((HERE / cfg['nbs_path'] / 'runs').glob('*.ipynb')):
             target.mkdir(parents=True, exist_ok=True)
@@ -32,11 +35,11 @@ setup(
     long_description=(HERE / 'README.md').read_text(encoding='utf-8') if (HERE / 'README.md').exists() else '',
     long_description_content_type='text/markdown',
     python_requires=f'>={cfg["min_python"]}',
-    license='Apache-2.0',
+    license_expression=LICENCES[cfg['license']],
     author=cfg['author'],
     author_email=cfg['author_email'],
     keywords=cfg['keywords'].split(),
-    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Programming Language :: Python :: 3',
+    classifiers=[f'Development Status :: {cfg["status"]} - {STATUS[cfg["status"]]}', f'Intended Audience :: {cfg["audience"]}', 'Programming Language :: Python :: 3',
                  *(f'Programming Language :: Python :: {p}' for p in PYTHONS), 'Topic :: Scientific/Engineering :: Image Processing'],
     packages=find_packages(include=[lib, f'{lib}.*']),
     package_data={lib: ['py.typed', 'notebooks/*.ipynb']},
