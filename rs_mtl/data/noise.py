@@ -149,11 +149,11 @@ def _octave_at(rows: np.ndarray, cols: np.ndarray, scale: tuple[float, float], s
     i0, j0 = int(i.min()) - 1, int(j.min()) - 1
     shape = (int(i.max()) + 3 - i0, int(j.max()) + 3 - j0)
     if shape[0] * shape[1] > 16 * rows.size + 4096:  # few places, far apart: ask for their nodes only
-        node = lambda a, b: _normal(lattice_hash(i.astype(np.int64) - 1 + a, j.astype(np.int64) - 1 + b, seed))
+        def node(a: int, b: int) -> np.ndarray: return _normal(lattice_hash(i.astype(np.int64) - 1 + a, j.astype(np.int64) - 1 + b, seed))
     else:
         grid = _normal(lattice_hash(np.arange(i0, i0 + shape[0])[:, None], np.arange(j0, j0 + shape[1])[None], seed)).ravel()
         at = (i.astype(np.int64) - 1 - i0) * shape[1] + j.astype(np.int64) - 1 - j0
-        node = lambda a, b: grid.take(at + (a * shape[1] + b))
+        def node(a: int, b: int) -> np.ndarray: return grid.take(at + (a * shape[1] + b))
     out = np.zeros(rows.shape, np.float32)
     for a in range(4): out += wr[a] * sum(wc[b] * node(a, b) for b in range(4))
     return out
@@ -197,9 +197,9 @@ def cells(rows: np.ndarray, cols: np.ndarray,  # world coordinates, broadcast to
     x, y = np.broadcast_arrays(np.asarray(rows) / scale, np.asarray(cols) / scale)
     i, j = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
     i0, j0, nj = int(i.min()) - 1, int(j.min()) - 1, int(j.max()) - int(j.min()) + 3
-    I, J = np.arange(i0, int(i.max()) + 2)[:, None], np.arange(j0, j0 + nj)[None]
+    R, C = np.arange(i0, int(i.max()) + 2)[:, None], np.arange(j0, j0 + nj)[None]
     # places and sites are measured inside their own lattice square: float32 then suffices anywhere, and no window matters
-    site_r, site_c = (.5 + np.float32(jitter) * (uniform(I, J, _key(seed, k)).ravel() - np.float32(.5)) for k in (5, 6))
+    site_r, site_c = (.5 + np.float32(jitter) * (uniform(R, C, _key(seed, k)).ravel() - np.float32(.5)) for k in (5, 6))
     u, v, at = (x - i).astype(np.float32), (y - j).astype(np.float32), (i - i0) * nj + (j - j0)
     best, near, second = np.full(u.shape, np.inf, np.float32), at, np.full(u.shape, np.inf, np.float32)
     for a in -1, 0, 1:
@@ -209,6 +209,6 @@ def cells(rows: np.ndarray, cols: np.ndarray,  # world coordinates, broadcast to
             closer = d < best
             second = np.minimum(second, np.where(closer, best, d))
             near, best = np.where(closer, n, near), np.minimum(best, d)
-    row, col = ((site_r.reshape(len(I), -1) + I.astype(float)).ravel() * scale, (site_c.reshape(len(I), -1) + J.astype(float)).ravel() * scale)
-    return {'id': lattice_hash(I, J, _key(seed, 7)).ravel().take(near), 'row': row.take(near), 'col': col.take(near),
+    row, col = ((site_r.reshape(len(R), -1) + R.astype(float)).ravel() * scale, (site_c.reshape(len(R), -1) + C.astype(float)).ravel() * scale)
+    return {'id': lattice_hash(R, C, _key(seed, 7)).ravel().take(near), 'row': row.take(near), 'col': col.take(near),
             'edge': np.sqrt(second) - np.sqrt(best)}
