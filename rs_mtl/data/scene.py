@@ -6,7 +6,7 @@
 __all__ = ['STORED', 'create_raster', 'write_raster', 'Layer', 'read_layer', 'Scene', 'write_sample']
 
 # %% ../../nbs/data/15_scene.ipynb #375d9e75
-import json, os, threading
+import json, math, os, threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -59,6 +59,7 @@ def create_raster(path: str | Path,                            # the final name
             from rasterio.enums import Resampling
             with rasterio.open(part, 'r+') as dst:
                 dst.build_overviews(levels, Resampling.mode if classes or palette else Resampling.average)
+        _check_written(part, path)
 
 # %% ../../nbs/data/15_scene.ipynb #407572a3
 def _place(like: Any) -> dict[str, Any]:
@@ -100,6 +101,25 @@ def _unreadable(path: str | Path, e: Exception) -> DataError:
     else: why = f'{e} ({local.stat().st_size:,} bytes)'
     return DataError(f'{str(path)!r} cannot be read as a raster: {why}', 'a complete GeoTIFF or another raster that GDAL reads',
                      'check the path, or fetch the file again')
+
+# %% ../../nbs/data/15_scene.ipynb #a2a27b65
+def _check_written(part: Path, path: str | Path) -> None:
+    "Raise unless every block, of the overviews too, lies within the file."
+    size = part.stat().st_size
+    with _quiet(), _opened(part) as src:
+        for level in (None, *range(len(src.overviews(1)))):
+            n = 1 if level is None else src.overviews(1)[level]
+            rows, cols = (math.ceil(math.ceil(s/n)/b) for s, b in zip(src.shape, _block(src, level)))
+            for i, j in ((i, j) for i in range(rows) for j in range(cols)):
+                at, length = (src.get_tag_item(f'BLOCK_{what}_{j}_{i}', 'TIFF', bidx=1, ovr=level) for what in ('OFFSET', 'SIZE'))
+                if at is None or length is None or int(at) + int(length) > size:
+                    raise DataError(f'{str(path)!r} cannot be written: a block at row {i}, column {j} did not reach the disk', 'room on the disk', 'free some space, or write to another folder')
+
+def _block(src: Any, level: int | None) -> tuple[int, int]:
+    "Rows and columns of a block; overviews have their own."
+    if level is None: return src.block_shapes[0]
+    import rasterio
+    with rasterio.open(src.name, overview_level=level) as small: return small.block_shapes[0]
 
 # %% ../../nbs/data/15_scene.ipynb #579bf9ea
 def write_raster(path: str | Path,               # the final name
