@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['lattice_hash', 'uniform', 'white', 'octave_table', 'fractal', 'points', 'fractal_at', 'share', 'level', 'ridged',
-           'cells']
+           'sites', 'cells']
 
 # %% ../../nbs/data/10_noise.ipynb #8ada189c
 import math
@@ -188,6 +188,13 @@ def ridged(size: int | tuple[int, int], origin: Sequence[float] = (0, 0), scale:
     return out / np.float32(total)
 
 # %% ../../nbs/data/10_noise.ipynb #2e5d5c48
+def sites(rows: np.ndarray, cols: np.ndarray,  # integer lattice squares, broadcast together
+          jitter: float = .8, seed: int = 0
+         ) -> tuple[np.ndarray, np.ndarray]:   # row and column of the site inside its square, 0…1
+    "Where in its lattice square each site of `cells` lies."
+    r, c = (np.float32(.5) + np.float32(jitter) * (uniform(rows, cols, _key(seed, k)) - np.float32(.5)) for k in (5, 6))
+    return r, c
+
 def cells(rows: np.ndarray, cols: np.ndarray,  # world coordinates, broadcast together
           scale: float = 32,                   # pixels between sites
           jitter: float = .8,                  # 0 squares … 1 very irregular
@@ -199,7 +206,7 @@ def cells(rows: np.ndarray, cols: np.ndarray,  # world coordinates, broadcast to
     i0, j0, nj = int(i.min()) - 1, int(j.min()) - 1, int(j.max()) - int(j.min()) + 3
     R, C = np.arange(i0, int(i.max()) + 2)[:, None], np.arange(j0, j0 + nj)[None]
     # places and sites are measured inside their own lattice square: float32 then suffices anywhere, and no window matters
-    site_r, site_c = (.5 + np.float32(jitter) * (uniform(R, C, _key(seed, k)).ravel() - np.float32(.5)) for k in (5, 6))
+    site_r, site_c = (s.ravel() for s in sites(R, C, jitter, seed))
     u, v, at = (x - i).astype(np.float32), (y - j).astype(np.float32), (i - i0) * nj + (j - j0)
     best, near, second = np.full(u.shape, np.inf, np.float32), at, np.full(u.shape, np.inf, np.float32)
     for a in -1, 0, 1:
