@@ -46,9 +46,11 @@ def create_raster(path: str | Path,                            # the final name
     place = _place(like)
     block = {'tiled': True, 'blockxsize': 256, 'blockysize': 256} if max(shape) >= 256 else {}
     predictor = 3 if np.dtype(dtype).kind == 'f' else 2
+    # left alone, GDAL takes the fourth band of bytes for transparency, and the near infrared is gone
+    colour = {'photometric': 'rgb' if tuple(bands[:3]) == ('red', 'green', 'blue') else 'minisblack', 'alpha': 'no'} if count > 2 else {}
     with whole_file(path) as part:
         with rasterio.open(part, 'w', driver='GTiff', height=shape[0], width=shape[1], count=count, dtype=dtype, nodata=nodata, compress='deflate',
-                           predictor=predictor, bigtiff='if_safer', num_threads='all_cpus', **block, **place) as dst:
+                           predictor=predictor, bigtiff='if_safer', num_threads='all_cpus', **block, **colour, **place) as dst:
             dst.scales, dst.offsets = np.broadcast_to(scale, count).tolist(), np.broadcast_to(offset, count).tolist()
             if bands: dst.descriptions = tuple(bands)
             if unit: dst.units = (unit,) * count
@@ -189,7 +191,7 @@ def read_layer(name: str,                     # one of `LAYERS`
     if name not in LAYERS: raise ConfigError(f'there is no layer {name!r}', f'one of {", ".join(LAYERS)}', _closest(name, LAYERS))
     with _opened(path) as src:
         from rasterio.enums import ColorInterp, MaskFlags
-        index = tuple(i for i, c in zip(src.indexes, src.colorinterp) if c != ColorInterp.alpha)
+        index = tuple(i for i, c, d in zip(src.indexes, src.colorinterp, src.descriptions) if c != ColorInterp.alpha or d and 'alpha' not in d.lower())
         pick = lambda values: tuple(values[i - 1] for i in index)
         flags = src.mask_flag_enums[index[0] - 1]
         layer = Layer(name, str(path), src.shape, src.dtypes[index[0] - 1], src.crs, src.transform, index,
