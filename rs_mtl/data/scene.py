@@ -49,8 +49,10 @@ def create_raster(path: str | Path,                            # the final name
     # left alone, GDAL takes the fourth band of bytes for transparency, and the near infrared is gone
     colour = {'photometric': 'rgb' if tuple(bands[:3]) == ('red', 'green', 'blue') else 'minisblack', 'alpha': 'no'} if count > 2 else {}
     with whole_file(path) as part:
-        with rasterio.open(part, 'w', driver='GTiff', height=shape[0], width=shape[1], count=count, dtype=dtype, nodata=nodata, compress='deflate',
-                           predictor=predictor, bigtiff='if_safer', num_threads='all_cpus', **block, **colour, **place) as dst:
+        with _quiet():
+            dst = rasterio.open(part, 'w', driver='GTiff', height=shape[0], width=shape[1], count=count, dtype=dtype, nodata=nodata, compress='deflate',
+                                predictor=predictor, bigtiff='if_safer', num_threads='all_cpus', **block, **colour, **place)
+        with dst:
             dst.scales, dst.offsets = np.broadcast_to(scale, count).tolist(), np.broadcast_to(offset, count).tolist()
             if bands: dst.descriptions = tuple(bands)
             if unit: dst.units = (unit,) * count
@@ -59,7 +61,8 @@ def create_raster(path: str | Path,                            # the final name
             yield dst
         if overviews and (levels := _levels(shape)):
             from rasterio.enums import Resampling
-            with rasterio.open(part, 'r+') as dst:
+            with _quiet(): dst = rasterio.open(part, 'r+')
+            with dst:
                 dst.build_overviews(levels, Resampling.mode if classes or palette else Resampling.average)
         _check_written(part, path)
 
@@ -78,7 +81,8 @@ def _opened(path: str | Path) -> Iterator[Any]:
     import rasterio
     from rasterio.errors import RasterioError
     try:
-        with _quiet(), rasterio.open(path, sharing=False) as src: yield src
+        with _quiet(): src = rasterio.open(path, sharing=False)
+        with src: yield src
     except (RasterioError, OSError) as e:
         raise _unreadable(path, e) from e
 
@@ -108,7 +112,7 @@ def _unreadable(path: str | Path, e: Exception) -> DataError:
 def _check_written(part: Path, path: str | Path) -> None:
     "Raise unless every block, of the overviews too, lies within the file."
     size = part.stat().st_size
-    with _quiet(), _opened(part) as src:
+    with _opened(part) as src:
         for level in (None, *range(len(src.overviews(1)))):
             n = 1 if level is None else src.overviews(1)[level]
             rows, cols = (math.ceil(math.ceil(s/n)/b) for s, b in zip(src.shape, _block(src, level)))
@@ -121,7 +125,8 @@ def _block(src: Any, level: int | None) -> tuple[int, int]:
     "Rows and columns of a block; overviews have their own."
     if level is None: return src.block_shapes[0]
     import rasterio
-    with rasterio.open(src.name, overview_level=level) as small: return small.block_shapes[0]
+    with _quiet(): small = rasterio.open(src.name, overview_level=level)
+    with small: return small.block_shapes[0]
 
 # %% ../../nbs/data/15_scene.ipynb #579bf9ea
 def write_raster(path: str | Path,               # the final name
@@ -152,7 +157,8 @@ def _encode(values: np.ndarray, dtype: np.dtype, valid: Any, nodata: float | Non
     if dtype.kind in 'iu' and ok.any():
         out = np.rint(np.where(ok, out, 0)) if out.dtype.kind == 'f' else out
         low, high, info = out[ok].min(), out[ok].max(), np.iinfo(dtype)
-        if low < info.min or high > info.max or nodata is not None and (out[ok] == nodata).any():
+        clash = nodata is not None and (valid is not None or values.dtype.kind == 'f') and (out[ok] == nodata).any()  # whole numbers may hold nodata already
+        if low < info.min or high > info.max or clash:
             raise DataError(f'values from {values[ok].min():g} to {values[ok].max():g} do not fit {dtype} with scale {scale:g}, offset {offset:g}, nodata {nodata}',
                             'numbers that the integers can hold, and none that means nodata', 'choose another dtype, scale or nodata')
     return np.where(ok, out, out.dtype.type(0) if nodata is None else nodata).astype(dtype)
