@@ -34,8 +34,9 @@ def project_files(root: Path = ROOT) -> list[Path]:
     "What belongs to the project, relative to `root`: what git tracks or would add; without git, all but what tools leave behind."
     got = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=root, capture_output=True, text=True)
     if got.returncode == 0: return [Path(row) for row in got.stdout.splitlines() if (root / row).is_file()]
-    skip = re.compile(r'^(\.venv|\.git|runs|build|dist|.*\.egg-info|.*_cache|_proc|_docs|\.hypothesis)$|^__pycache__$|\.ipynb_checkpoints')
-    return [p.relative_to(root) for p in root.rglob('*') if p.is_file() and not any(skip.match(part) for part in p.relative_to(root).parts)]
+    left = re.compile(r'(\.venv|\.git|runs|build|dist|[^/]*\.egg-info|[^/]*_cache|_proc|_docs|\.hypothesis)/|(.*/)?(__pycache__|\.ipynb_checkpoints)/')
+    files = (p.relative_to(root) for p in root.rglob('*') if p.is_file())
+    return [path for path in files if not left.match(path.as_posix())]  # runs/ at the top holds results, nbs/runs/ is source
 
 
 def copy_of_project(target: Path, *only: str) -> Path:
