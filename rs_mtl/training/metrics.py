@@ -97,6 +97,11 @@ def plain(value: Any) -> Any: # tensors, dictionaries and lists of numbers
     if isinstance(value, Tensor): return plain(value.tolist())
     return None if isinstance(value, float) and value != value else value
 
+def _number(name: str, value: Any) -> Any:
+    "A plain number: counts of pixels as integers."
+    if not isinstance(value, Tensor): return value
+    return int(value) if name.startswith('pixels') else value.item()
+
 # %% ../../nbs/training/41_metrics.ipynb #c092ce19
 class Scores(nn.Module):
     "Scores of every task over as many batches as you like."
@@ -145,7 +150,7 @@ class Scores(nn.Module):
             found = dict(self._metric(task).compute())
             if task == 'height': found['rmse_by_class'] = dict(zip(self.classes, found['rmse_by_class'].tolist(), strict=True))
             if task == 'cloud_impact': del found['psnr']
-            values |= {f'{task}_{k}': v.item() if isinstance(v, Tensor) else v for k, v in found.items()}
+            values |= {f'{task}_{k}': _number(k, v) for k, v in found.items()}
         about = {'pooling', 'ignored', 'test_time', *self.tasks} | ({'no_clutter'} if 'miou_no_clutter' in values else set())
         return {'values': values, 'protocol': {k: v for k, v in PROTOCOL.items() if k in about}}
 

@@ -1,0 +1,59 @@
+"A world and nets so small that a training run takes less than a second; also imported by child processes."
+import os
+import signal
+import time
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+import rs_mtl  # noqa: F401
+from rs_mtl.core import MODELS
+
+
+class Squares(Dataset):
+    "Bright squares are roofs; the brighter, the higher."
+    name, classes, bands, sar_bands, gsd = 'squares', ('ground', 'roof'), ('grey',), (), 1.
+    palette = ((120, 160, 90), (200, 60, 60))
+    def __init__(self, n=16, seed=0, spoil=None, pause=0., classes=None):
+        self.n, self.seed, self.spoil, self.pause = n, seed, spoil or (lambda i, sample: sample), pause
+        if classes: self.classes = classes
+    def __len__(self): return self.n
+    def __getitem__(self, i):
+        time.sleep(self.pause)
+        g = torch.Generator().manual_seed(self.seed*1000 + i)
+        y, x = torch.randint(2, 14, (2,), generator=g).tolist()
+        height = torch.zeros(1, 24, 24)
+        height[:, y:y+8, x:x+8] = torch.rand((), generator=g)*20 + 3
+        image = .1 + height/40 + .02*torch.randn(1, 24, 24, generator=g)
+        return self.spoil(i, {'image': image, 'height': height, 'mask': (height[0] > 0).long()})
+
+
+@MODELS.register('tiny')
+class Tiny(nn.Module):
+    inputs, tasks = ('image',), ('mask', 'height')
+    def __init__(self, width=8, dropout=.2, norm=False):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width) if norm else nn.Identity(), nn.ReLU(), nn.Dropout(dropout), nn.Conv2d(width, 3, 3, padding=1))
+        self.config, self.meta = {'model': 'tiny', 'width': width, 'dropout': dropout, 'norm': norm}, {}
+    def forward(self, batch):
+        y = self.body(batch['image'])
+        return {'mask': y[:, :2], 'height': 10*nn.functional.softplus(y[:, 2:])}
+
+def tiny(**kwargs):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Tiny(**kwargs)
+
+class Send:
+    "Sends a signal to this very process when an item is read for the n-th time."
+    def __init__(self, number, at, again=0): self.number, self.at, self.again, self.seen = number, at, again, 0
+    def __call__(self, i, sample):
+        self.seen += 1
+        if self.at <= self.seen <= self.at + self.again: signal.raise_signal(self.number)
+        return sample
+
+def die(i, sample):
+    "A worker that is killed, as by a machine out of memory."
+    if i == 3: os.kill(os.getpid(), signal.SIGKILL)
+    return sample
