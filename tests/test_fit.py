@@ -369,6 +369,17 @@ def test_statistics_look_only_at_valid_pixels():
     (mean,), (std,) = fit_stats(data)['image']
     assert mean == pytest.approx(pixels.mean().item(), rel=1e-5) and std == pytest.approx(pixels.std(correction=0).item(), rel=1e-5)
 
+def test_a_new_net_learns_the_statistics_of_its_data_and_a_trained_one_keeps_them(tmp_path):
+    from rs_mtl.core import create_model
+    net = create_model('plain', bands=1, classes=2, encoder='mobilenetv3_small_050', width=16, detail=4)
+    (mean,), (std,) = fit_stats(Squares(8))['image']
+    train(tmp_path, Squares(8), net, epochs=1, val=None)
+    again = load(tmp_path)
+    for n in (net, again): assert float(n.normalise['image'].mean) == pytest.approx(mean) and float(n.normalise['image'].std) == pytest.approx(std)
+    assert again.meta['scaling']['image'] == {'mean': [mean], 'std': [std]}
+    train(None, Squares(8, spoil=lambda i, s: s | {'image': s['image']*9}), again, epochs=1, val=None)
+    assert float(again.normalise['image'].mean) == pytest.approx(mean)
+
 def test_evaluation_does_not_depend_on_the_batch_size_and_leaves_the_net_as_it_was():
     net = tiny().train()
     a, b = (evaluate(net, Squares(7), objective=Objective(net.tasks), batch_size=n)['values'] for n in (1, 7))

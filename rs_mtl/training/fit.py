@@ -43,6 +43,15 @@ def meta_of(net: nn.Module, data: Any) -> dict[str, Any]: # what a checkpoint sh
     known = {k: getattr(data, k, None) for k in ('classes', 'palette', 'bands', 'sar_bands', 'gsd', 'scaling')}
     return json.loads(json.dumps({k: v for k, v in known.items() if v is not None} | {'tasks': list(getattr(net, 'tasks', ())), 'data': getattr(data, 'name', '')}))
 
+def _introduce(net: nn.Module, data: Any) -> None:
+    "Tell a new net about its data; one that was trained before keeps what it knows."
+    meta = getattr(net, 'meta', None) or meta_of(net, data)
+    if hasattr(net, 'set_stats') and not meta.get('scaling'):
+        stats = fit_stats(data)
+        net.set_stats(stats)
+        meta['scaling'] = {k: {'mean': mean, 'std': std} for k, (mean, std) in stats.items()}
+    net.meta = meta  # type: ignore[assignment]
+
 # %% ../../nbs/training/44_fit.ipynb #d787cec9
 def evaluate(net: nn.Module,                    # any net of the contract
              data: Any,                         # a data set of samples
@@ -126,16 +135,6 @@ class Run:
     stopped: str = ''          # the signal that ended it early
     seconds: float = 0.
     sums: dict[str, float] = field(default_factory=dict)  # of the losses since the epoch began
-
-    def plot(self, ax: Any = None) -> Any:
-        "Training and validation loss by epoch."
-        import matplotlib.pyplot as plt
-        ax = ax or plt.subplots(figsize=(5, 2.5), dpi=72)[1]
-        for key, label in (('loss', 'training'), ('val_loss', 'validation')):
-            rows = [(r['epoch'], r[key]) for r in self.history if r.get(key) is not None]
-            if rows: ax.plot(*zip(*rows, strict=True), marker='.', label=label)
-        ax.set_xlabel('epoch'); ax.set_ylabel('loss'); ax.legend()
-        return ax
 
     @property
     def state(self) -> dict[str, Any]:
@@ -388,7 +387,7 @@ def fit(net: nn.Module,                    # maps a batch dictionary to a dictio
     opt = {k: v for k, v in locals().items() if k not in ('net', 'train', 'val', 'objective')}
     objective = objective or Objective(_tasks(net))
     _check_options(net, train, val, objective, opt)
-    if not getattr(net, 'meta', None): net.meta = meta_of(net, train)  # type: ignore[assignment]
+    _introduce(net, train)
     acc = make_accelerator(device, precision)
     ways = _Ways(acc.device, acc.mixed_precision, batch_size, workers, channels_last, acc.process_index, acc.num_processes)
     batches = Batches(len(train), batch_size, seed, ways.rank, ways.world)
