@@ -87,11 +87,11 @@ def _figure(rows: int, cols: int, shape: Sequence[int], size: float) -> tuple[An
     for ax in axes.flat: ax.set_axis_off()
     return fig, axes.ravel()
 
-def _png(fig: Any) -> bytes:
+def _png(fig: Any, dpi: float | None = None) -> bytes:
     "A figure as PNG."
     import io
     buffer = io.BytesIO()
-    fig.savefig(buffer, format='png')
+    fig.savefig(buffer, format='png', dpi=dpi or fig.dpi)
     return buffer.getvalue()
 
 def _bar(fig: Any, ax: Any, shown: Any, label: str) -> None:
@@ -100,13 +100,13 @@ def _bar(fig: Any, ax: Any, shown: Any, label: str) -> None:
     bar.set_label(label)
     bar.outline.set_visible(False)
 
-def _legend(ax: Any, masks: Sequence[np.ndarray], classes: Sequence[str], palette: Sequence[Sequence[int]]) -> None:
-    "Names of the classes that occur, beside the panel."
+def _legend(fig: Any, masks: Sequence[np.ndarray], classes: Sequence[str], palette: Sequence[Sequence[int]]) -> None:
+    "Names of the classes that occur, below the panels."
     from matplotlib.patches import Patch
     here = sorted({int(i) for m in masks for i in np.unique(m)} - {IGNORE})
     colours = colour_classes([here], palette)[0]
-    ax.legend(handles=[Patch(facecolor=c, edgecolor='.3', lw=.5, label=classes[i] if i < len(classes) else f'class {i}') for i, c in zip(here, colours)],
-              loc='center left', bbox_to_anchor=(1.01, .5), frameon=False, handlelength=1, fontsize=9)
+    fig.legend(handles=[Patch(facecolor=c, edgecolor='.3', lw=.5, label=classes[i] if i < len(classes) else f'class {i}') for i, c in zip(here, colours)],
+               loc='outside lower left', ncols=max(1, min(8, int(fig.get_figwidth()/1.2))), frameon=False, handlelength=1, fontsize=9)
 
 # %% ../../nbs/apply/51_figures.ipynb #ca0efbca
 def _masked(x: np.ndarray, valid: np.ndarray | None) -> np.ma.MaskedArray:
@@ -139,12 +139,8 @@ def show_sample(sample: Mapping[str, Any],             # one sample, without bat
         shown = ax.imshow(picture, interpolation='nearest', **how)
         ax.set_title(title, fontsize=10)
         if label: _bar(fig, ax, shown, label)
-    for title in ('predicted classes', 'classes'):  # one legend, beside the last of the class panels
-        at = [i for i, p in enumerate(panels) if p[0] == title]
-        if at:
-            masks = [_classes(m) for m in (sample.get('mask'), (out or {}).get('mask')) if m is not None]
-            _legend(axes[at[0]], masks, _info(info, 'classes'), _info(info, 'palette'))
-            break
+    masks = [_classes(m) for m in (sample.get('mask'), (out or {}).get('mask')) if m is not None]
+    if masks: _legend(fig, masks, _info(info, 'classes'), _info(info, 'palette'))
     return fig
 
 # %% ../../nbs/apply/51_figures.ipynb #21ae458e
