@@ -128,7 +128,8 @@ def _checked(image: Any) -> tuple[int, ...]:
     floating = image.is_floating_point() if isinstance(image, torch.Tensor) else np.issubdtype(image.dtype, np.floating)
     if not floating: raise DataError(f'the image holds {image.dtype}', 'reflectance 0..1 as floating point', 'divide 8-bit images by 255, Sentinel-2 by 10000')
     if 0 in image.shape: raise DataError(f'the image has shape {tuple(image.shape)}', 'at least one pixel', 'check how it was cut')
-    low, high = float(image.min()), float(image.max())
+    values = image.detach() if isinstance(image, torch.Tensor) else image
+    low, high = float(values.min()), float(values.max())
     if not math.isfinite(low + high): raise DataError('the image holds NaN or infinite values', 'a number in every pixel', 'fill missing pixels with 0 and keep where they were in valid_image')
     if low < -1 or high > 10: raise DataError(f'values from {low:.4g} to {high:.4g}', 'reflectance, about 0..1', 'divide 8-bit images by 255, Sentinel-2 by 10000')
     return tuple(image.shape)

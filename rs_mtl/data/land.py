@@ -9,7 +9,6 @@ __all__ = ['CLASSES', 'PALETTE', 'FARMLAND', 'CITY', 'VILLAGE', 'WATER', 'FOREST
 # %% ../../nbs/data/14_land.ipynb #b9f37191
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 import numpy as np
 import torch
 from ..core import IGNORE, ConfigError
@@ -24,27 +23,27 @@ FARMLAND, CITY, VILLAGE, WATER, FOREST, ROAD, OTHERS = range(7)
 # %% ../../nbs/data/14_land.ipynb #5eb4bf0d
 # name: class, (blue, green, red, nir), (VV, VH) dB, optical texture
 MATERIALS: dict[str, tuple[int, tuple[float, ...], tuple[float, ...], float]] = {
-    'bare brown':   (FARMLAND, (.072, .096, .125, .195), (-13.0, -21.0), .06),
-    'bare pale':    (FARMLAND, (.112, .142, .174, .238), (-13.5, -21.5), .12),
-    'young crop':   (FARMLAND, (.052, .086, .080, .260), (-12.5, -19.5), .06),
-    'grown crop':   (FARMLAND, (.031, .060, .041, .350), (-10.8, -16.8), .10),
-    'flooded rice': (FARMLAND, (.062, .084, .072, .118), (-18.5, -25.5), .06),
-    'ripe crop':    (FARMLAND, (.056, .112, .128, .290), (-11.5, -18.0), .06),
-    'fallow':       (FARMLAND, (.050, .078, .075, .225), (-12.0, -18.5), .10),
-    'pond':         (WATER,    (.058, .076, .064, .062), (-19.5, -26.5), .03),
-    'broadleaf':    (FOREST,   (.030, .058, .039, .345), (-8.6, -13.6), .13),
-    'conifer':      (FOREST,   (.025, .042, .031, .225), (-9.2, -14.4), .13),
-    'clear water':  (WATER,    (.050, .056, .036, .022), (-20.0, -27.0), .02),
-    'muddy water':  (WATER,    (.082, .104, .102, .078), (-20.0, -27.0), .02),  # the two mix
-    'concrete':     (CITY,     (.116, .142, .170, .226), (-4.0, -11.5), .20),
-    'dark roofs':   (CITY,     (.074, .090, .098, .140), (-5.0, -12.5), .22),
-    'street':       (CITY,     (.090, .104, .116, .140), (-10.0, -18.5), .08),
-    'park':         (CITY,     (.036, .064, .048, .300), (-9.0, -14.5), .12),
-    'village roof': (VILLAGE,  (.096, .122, .148, .212), (-7.0, -14.0), .16),
-    'garden':       (VILLAGE,  (.048, .076, .066, .265), (-9.0, -15.0), .14),
-    'road':         (ROAD,     (.096, .116, .130, .168), (-15.0, -23.0), .05),
-    'quarry':       (OTHERS,   (.135, .162, .190, .246), (-11.5, -20.0), .14),
-    'mud':          (OTHERS,   (.074, .098, .106, .112), (-14.5, -22.0), .08),
+    'bare brown':   (FARMLAND, (.076, .100, .128, .192), (-13.0, -21.0), .14),
+    'bare pale':    (FARMLAND, (.108, .134, .162, .222), (-13.0, -21.0), .18),
+    'young crop':   (FARMLAND, (.050, .082, .074, .262), (-12.0, -19.0), .16),
+    'grown crop':   (FARMLAND, (.031, .059, .041, .345), (-10.2, -16.2), .16),
+    'flooded rice': (FARMLAND, (.068, .090, .082, .108), (-18.5, -25.5), .12),
+    'ripe crop':    (FARMLAND, (.056, .106, .118, .280), (-11.5, -18.0), .15),
+    'fallow':       (FARMLAND, (.052, .078, .074, .228), (-11.5, -18.0), .18),
+    'pond':         (WATER,    (.062, .082, .072, .080), (-18.8, -25.8), .08),
+    'broadleaf':    (FOREST,   (.030, .058, .040, .340), (-8.8, -14.2), .20),
+    'conifer':      (FOREST,   (.026, .046, .036, .235), (-9.2, -14.8), .20),
+    'clear water':  (WATER,    (.050, .056, .038, .026), (-19.5, -26.5), .05),
+    'muddy water':  (WATER,    (.078, .100, .096, .092), (-19.5, -26.5), .05),  # the two mix
+    'concrete':     (CITY,     (.106, .132, .158, .218), (-6.0, -13.0), .24),
+    'dark roofs':   (CITY,     (.078, .098, .112, .170), (-6.5, -13.5), .24),
+    'street':       (CITY,     (.090, .108, .122, .160), (-9.5, -17.0), .14),
+    'park':         (CITY,     (.036, .064, .050, .290), (-9.0, -14.8), .18),
+    'village roof': (VILLAGE,  (.100, .126, .150, .212), (-6.5, -13.5), .22),
+    'garden':       (VILLAGE,  (.052, .080, .072, .248), (-9.5, -15.8), .20),
+    'road':         (ROAD,     (.096, .118, .136, .184), (-14.0, -22.0), .10),
+    'quarry':       (OTHERS,   (.116, .144, .172, .232), (-12.5, -20.5), .18),
+    'mud':          (OTHERS,   (.072, .095, .100, .120), (-15.0, -22.5), .14),
 }
 _M = {name: i for i, name in enumerate(MATERIALS)}
 _CLASS = np.array([m[0] for m in MATERIALS.values()], np.uint8)
@@ -123,7 +122,8 @@ def _town(r: np.ndarray, c: np.ndarray, gsd: float, seed: int, ragged: np.ndarra
 def _country(size: tuple[int, int], origin: Sequence[float], gsd: float, seed: int) -> dict[str, np.ndarray]:
     "Material, parcel number, border distance, furrows and slope of every pixel in a window."
     k, s = 10 / gsd, [_key(seed, 30, i) for i in range(16)]
-    field = lambda i, scale, octaves, persistence=.5: fractal(size, origin, scale * k, octaves, persistence, s[i])
+    def field(i: int, scale: float, octaves: int, persistence: float = .5) -> np.ndarray:
+        return fractal(size, origin, scale * k, octaves, persistence, s[i])
     r, c = np.broadcast_arrays(*points(size, origin))
     bend_r, bend_c = (np.clip(5 * field(i, 36, 2), -12, 12) * np.float32(k) for i in (0, 1))
     rb, cb = r + bend_r, c + bend_c
@@ -149,7 +149,8 @@ def _country(size: tuple[int, int], origin: Sequence[float], gsd: float, seed: i
     hamlet = cells(rb, cb, 28 * k, .9, s[8])  # and scattered farms between them
     yard = np.hypot((rb - hamlet['row']).astype(np.float32), (cb - hamlet['col']).astype(np.float32)) < 3.2 * k
     village |= yard & (hamlet['id'] % 8 < 4) & ~forest
-    plot = uniform(*(np.floor(p / 2).astype(np.int64) for p in points(size, origin)), s[9])
+    y, x = (p.astype(np.int64) for p in points(size, origin))
+    plot = uniform(y // 2, x // 2, s[9])
     m = np.where(village, np.where(plot < .55, np.uint8(_M['village roof']), np.uint8(_M['garden'])), m)
 
     far, town = _town(r, c, gsd, s[10], ragged)
@@ -177,12 +178,13 @@ def _optical(land: dict[str, np.ndarray], size: tuple[int, int], origin: Sequenc
     green = (h >> np.uint32(16) & np.uint32(255)).astype(np.float32) / 128 - 1         # and greenness
     natural = farm | forest
     tone, green = np.where(natural, tone, 0), np.where(natural, green, 0)
-    grain = .6 * white(size, origin, _key(seed, 41)) + .8 * fractal(size, origin, 5 * k, 2, .7, _key(seed, 42))
+    grain = .8 * white(size, origin, _key(seed, 41)) + .6 * fractal(size, origin, 5 * k, 2, .7, _key(seed, 42))
     light = 1 + _TEXTURE.take(m) * grain + np.float32(.16) * tone
     light += np.where(farm, np.float32(.05) * land['furrow'] - np.float32(.16) * np.clip(1 - land['border'] / np.float32(k), 0, 1), 0)
     light *= 1 + np.clip(np.where(forest, np.float32(-9 * k), np.float32(-2 * k)) * land['slope'], -.4, .4)
     drift = 1 + np.float32(.10) * fractal(size, origin, 200 * k, 2, .5, _key(seed, 43))  # moisture and water colour change slowly
-    tilt = np.array([.02, .0, -.10, .16], np.float32)
+    tilt = np.array([.04, .0, -.12, .18], np.float32)
+    green += np.float32(.9) * white(size, origin, _key(seed, 49))                      # leaves and soil mix in every pixel
     mud = np.where(m == _M['clear water'], np.clip(.45 + .8 * fractal(size, origin, 130 * k, 3, .5, _key(seed, 48)), 0, 1), 0)
     out = np.empty((4, *size), np.float32)
     for b in range(4):
@@ -212,9 +214,10 @@ def _sar(land: dict[str, np.ndarray], size: tuple[int, int], origin: Sequence[fl
     klass = _CLASS.take(m)
     wet = (land['number'] >> np.uint32(24)).astype(np.float32) / 64 - 2                  # -2…2 dB by parcel: moisture, roughness
     shift = np.where(klass == FARMLAND, wet, 0) + np.float32(1.2) * fractal(size, origin, 9 * k, 2, .6, _key(seed, 44))
-    shift += np.where(klass == WATER, np.float32(1.5) * fractal(size, origin, 120 * k, 2, .5, _key(seed, 45)), 0)  # wind
+    shift += np.where(klass == WATER, np.float32(2) * fractal(size, origin, 60 * k, 3, .5, _key(seed, 45)), 0)  # wind
     shift += np.clip(np.float32(14 * k) * land['slope'], -2.5, 2.5) * (klass == FOREST)
-    corner = uniform(*(np.floor(p).astype(np.int64) for p in points(size, origin)), _key(seed, 46))
+    y, x = (p.astype(np.int64) for p in points(size, origin))
+    corner = uniform(y, x, _key(seed, 46))
     built = (klass == CITY) | (klass == VILLAGE)
     shift += np.where(built & (corner > .88), np.float32(7), 0)
     out = np.empty((2, *size), np.float32)
@@ -235,7 +238,7 @@ class Land(torch.utils.data.Dataset):
                  gsd: float = 10.,                                 # metres per pixel
                  cover: float | tuple[float, float] = 0.,          # share of cloud; a pair: drawn between the two for each sample
                  sky: str | Sequence[str] = 'mixed',               # kind of cloud, see `SKIES`; several: one is drawn for each sample
-                 looks: int = 4,                                   # of the radar; fewer is noisier
+                 looks: int = 3,                                   # of the radar; fewer is noisier
                  noise: float = .003,                              # standard deviation of the camera's noise, in reflectance
                  unlabelled: float = 0.                            # share of the country that the map leaves out (mask 255)
                 ):
