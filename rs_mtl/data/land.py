@@ -106,7 +106,7 @@ def _parcels(rows: np.ndarray, cols: np.ndarray, block: float, seed: int) -> tup
 def _town(r: np.ndarray, c: np.ndarray, gsd: float, seed: int, ragged: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Distance from the town's edge in shares of its radius (below 1 is inside) and material in it."
     k = 10 / gsd
-    site = cells(r, c, 420 * k, .7, seed)
+    site = cells(r, c, 420 * k, .7, seed, edge=False)
     radius = np.where(site['id'] % 8 < 6, np.float32(42 * k) + np.float32(.4 * k) * (site['id'] >> np.uint32(8) & np.uint32(127)), np.float32(1e-3))
     y, x = (r - site['row']).astype(np.float32), (c - site['col']).astype(np.float32)
     far = np.hypot(y, x) / radius + np.float32(.28) * ragged
@@ -135,18 +135,18 @@ def _country(size: tuple[int, int], origin: Sequence[float], gsd: float, seed: i
 
     wood = relief + np.float32(.32) * ragged
     forest = wood > level(.46) * 1.05
-    stand = cells(rb, cb, 42 * k, .9, s[5])['id']
+    stand = cells(rb, cb, 42 * k, .9, s[5], edge=False)['id']
     m = np.where(forest, np.where(stand % 5 < 2, np.uint8(_M['conifer']), np.uint8(_M['broadleaf'])), m)
 
     bare = field(6, 34, 4, .5)
     other = bare > level(.024)
     m = np.where(other, np.where(relief > .1, np.uint8(_M['quarry']), np.uint8(_M['mud'])), m)
 
-    home = cells(rb, cb, 90 * k, .8, s[7])  # villages stand on the sites that the roads link
+    home = cells(rb, cb, 90 * k, .8, s[7], edge=False)  # villages stand on the sites that the roads link
     reach = (6 + (home['id'] >> np.uint32(5) & np.uint32(15))).astype(np.float32) * np.float32(k)
     away = np.hypot((rb - home['row']).astype(np.float32), (cb - home['col']).astype(np.float32)) + np.float32(5 * k) * ragged
     village = (away < reach) & (home['id'] % 8 < 6) & (wood < .8)
-    hamlet = cells(rb, cb, 28 * k, .9, s[8])  # and scattered farms between them
+    hamlet = cells(rb, cb, 28 * k, .9, s[8], edge=False)  # and scattered farms between them
     yard = np.hypot((rb - hamlet['row']).astype(np.float32), (cb - hamlet['col']).astype(np.float32)) < 3.2 * k
     village |= yard & (hamlet['id'] % 8 < 4) & ~forest
     y, x = (p.astype(np.int64) for p in points(size, origin))
