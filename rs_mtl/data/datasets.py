@@ -10,9 +10,6 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-from torch.utils.data import Dataset
-
 from ..core import ConfigError, Registry, _closest, valid_key
 
 # %% ../../nbs/data/16_datasets.ipynb #342bb654
@@ -26,19 +23,19 @@ def world_seed(split: str,    # one of `SPLITS`
     return len(SPLITS)*seed + list(SPLITS).index(split)
 
 # %% ../../nbs/data/16_datasets.ipynb #19270fad
-def _open_world(world: Any, split: str, n: int | None, size: int | None, seed: int, kwargs: dict[str, Any]) -> Dataset:
+def _open_world(world: Any, split: str, n: int | None, size: int | None, seed: int, kwargs: dict[str, Any]) -> Any:
     "A synthetic world's split, with every wrong argument named."
     known = [p for p in inspect.signature(world).parameters if p not in ('n', 'size', 'seed')]
     if wrong := [k for k in kwargs if k not in known]:
         raise ConfigError(f'{world.__name__} has no argument {wrong[0]!r}', f'n, size, seed, {", ".join(known)}', _closest(wrong[0], known))
     return world(n=SPLITS[split] if n is None else n, size=128 if size is None else size, seed=world_seed(split, seed), **kwargs)
 
-def open_city(split: str, n: int | None = None, size: int | None = None, seed: int = 0, **kwargs: Any) -> Dataset:
+def open_city(split: str, n: int | None = None, size: int | None = None, seed: int = 0, **kwargs: Any) -> Any:
     "A split of the synthetic city."
     from rs_mtl.data.city import City
     return _open_world(City, split, n, size, seed, kwargs)
 
-def open_land(split: str, n: int | None = None, size: int | None = None, seed: int = 0, **kwargs: Any) -> Dataset:
+def open_land(split: str, n: int | None = None, size: int | None = None, seed: int = 0, **kwargs: Any) -> Any:
     "A split of the synthetic country."
     from rs_mtl.data.land import Land
     return _open_world(Land, split, n, size, seed, kwargs)
@@ -64,17 +61,17 @@ def open_data(name: str,              # one of `list_data()`
     return DATASETS[name](split, n=n, size=size, seed=seed, **kwargs)
 
 # %% ../../nbs/data/16_datasets.ipynb #984f5361
-class Kept(Dataset):
+class Kept:
     "A data set that keeps its samples in memory once they were read."
     def __init__(self,
                  data: Any,                            # a data set of samples
                  layers: Sequence[str] | None = None): # what to keep of a sample; None keeps all
         self.data, self.layers = data, layers
-        self.samples: dict[int, dict[str, Tensor]] = {}
+        self.samples: dict[int, dict[str, Any]] = {}
 
     def __len__(self) -> int: return len(self.data)
 
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
+    def __getitem__(self, i: int) -> dict[str, Any]:
         if i not in self.samples:
             wanted = None if self.layers is None else {*self.layers, *map(valid_key, self.layers)}
             self.samples[i] = {k: v for k, v in self.data[i].items() if wanted is None or k in wanted}

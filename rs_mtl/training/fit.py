@@ -46,9 +46,10 @@ def meta_of(net: nn.Module, data: Any) -> dict[str, Any]: # what a checkpoint sh
 def _introduce(net: nn.Module, data: Any) -> None:
     "Tell a new net about its data; one that was trained before keeps what it knows."
     meta = getattr(net, 'meta', None) or meta_of(net, data)
-    if hasattr(net, 'set_stats') and not meta.get('scaling'):
+    set_stats: Any = getattr(net, 'set_stats', None)
+    if set_stats and not meta.get('scaling'):
         stats = fit_stats(data)
-        net.set_stats(stats)
+        set_stats(stats)
         meta['scaling'] = {k: {'mean': mean, 'std': std} for k, (mean, std) in stats.items()}
     net.meta = meta  # type: ignore[assignment]
 
