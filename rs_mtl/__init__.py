@@ -12,6 +12,9 @@ _install_repair()
 # so that `import rs_mtl` costs milliseconds and needs neither torch nor rasterio.
 _PUBLIC = {
     'create_model': 'core', 'list_models': 'core', 'show_progress': 'core',
+    'City': 'data.city', 'Land': 'data.land', 'simulate_clouds': 'data.clouds', 'Scene': 'data.scene', 'open_data': 'data.datasets',
+    'fit': 'training.fit', 'evaluate': 'training.fit', 'save': 'training.checkpoint', 'load': 'training.checkpoint',
+    'predict_scene': 'apply.predict', 'show_map': 'apply.maps', 'write_report': 'apply.report',
 }
 
 
