@@ -208,7 +208,8 @@ MEMORY = textwrap.dedent('''
 
 def test_memory_follows_the_width_and_not_the_area(tmp_path):
     _, small = written(tmp_path, 1024, 1024)
-    _, long = written(tmp_path, 12*1024, 1024)  # twelve times the area at the same width; its arrays alone would be 150 MB and more
+    # forty times the area at the same width: the scene and its maps are 360 MB
+    long = {'image': write_raster(tmp_path/'long.tif', np.zeros((1, 40*1024, 1024), 'float32'), PLACE, overviews=False)}
     env = os.environ | {'OMP_NUM_THREADS': '1', 'RS_MTL_PROGRESS': '0', 'MALLOC_ARENA_MAX': '2'}
     done = subprocess.run([sys.executable, '-c', MEMORY, small['image'], long['image'], tmp_path/'o'], capture_output=True, text=True, env=env, check=True)
     start, end = map(float, done.stdout.split())
