@@ -70,6 +70,15 @@ def test_the_scene_may_lie_elsewhere(run, tmp_path):
     assert 'the image of the scene' in without and 'the image of the scene' not in given and 'true classes' in given and listed == given
 
 
+def test_what_the_predict_notebook_leaves_is_found(run):
+    for old, new in (('image', 'image'), ('truth_classes', 'mask'), ('truth_height', 'height')):
+        (run/'scene').mkdir(exist_ok=True)
+        shutil.move(run/'maps'/f'{old}.tif', run/'scene'/f'{new}.tif')
+    write_json(run/'scene.json', {'name': 'predict', 'values': {'miou': .123}, 'protocol': {}})
+    html = write_report(run).read_text()
+    assert 'Not in this report' not in html and 'Scores on this scene' in html and '12.3%' in html and 'true height' in html
+
+
 def test_heights_survive_their_packing():
     from rs_mtl.apply.report import _packed
     h = np.random.default_rng(0).uniform(-50, 900, (40, 50))

@@ -33,6 +33,8 @@ def find_maps(run: Path,                                          # the run fold
     "The rasters of a run."
     folder = run/'maps'
     truth = {k: next((folder/n for n in names if (folder/n).is_file()), None) for k, names in TRUTH.items()}
+    drawn = {k: run/'scene'/f'{k}.tif' for k in TRUTH}  # what the run notebook `predict` draws
+    truth = {k: p or (drawn[k] if drawn[k].is_file() else None) for k, p in truth.items()}
     listed = {k: folder/p for k, p in _json(folder/'scene.json').items()} | {k: Path(p) for k, p in (scene or {}).items()}
     known = {k: p for k, p in (truth | listed).items() if p is not None and Path(p).is_file() and k in ('image', 'sar', 'mask', 'height', 'clear')}
     return known, {k: folder/n for k, n in PREDICTED.items() if (folder/n).is_file()}
@@ -279,13 +281,17 @@ def write_report(run_folder: str | Path,                            # what a run
     known, predicted = find_maps(run, scene)
     info = {k: v for k, v in (model.get('meta') or {}).items() if k in ('classes', 'palette', 'bands', 'sar_bands') and v} or legend_of({**known, **predicted})
     parts = []
-    if values: parts.append(('Scores', _scores_html(values, protocol, {c: _hex(info.get('palette', ()), i) for i, c in enumerate(info.get('classes', ()))})))
+    colours = {c: _hex(info.get('palette', ()), i) for i, c in enumerate(info.get('classes', ()))}
+    if values: parts.append(('Scores', _scores_html(values, protocol, colours)))
     else: notes.append('scores (metrics.json)')
     parts += _scene_parts(known, predicted, info, notes)
+    own, rules = find_values(_json(run/'scene.json'))
+    if own: parts.append(('Scores on this scene', _scores_html(own, rules, colours)))
     if (run/'history.csv').is_file() and read_history(run/'history.csv'): parts.append(('Training', _figure_html(_png(curves(run/'history.csv'), 100), 'Losses, scores and metres over the epochs')))
     else: notes.append('training curves (history.csv)')
     if values.get('confusion'): parts.append(('Confusion', _figure_html(_png(show_confusion(values['confusion'], info.get('classes', ())), 100), 'Rows are the truth; each row sums to 100 %')))
-    pictures = sorted((run/'figures').glob('*.png')) if (run/'figures').is_dir() else []
-    if pictures: parts.append(('Figures of the run', ''.join(_figure_html(p.read_bytes(), p.stem.replace('_', ' ')) for p in pictures)))
+    drawn = {name for name, there in (('curves', (run/'history.csv').is_file()), ('confusion', bool(values.get('confusion'))), ('scene', bool(predicted))) if there}  # already on the page
+    pictures = [p for p in sorted((run/'figures').glob('*.png')) if p.stem not in drawn] if (run/'figures').is_dir() else []
+    if pictures: parts.append(('Figures of the run', ''.join(_figure_html(p.read_bytes(), p.stem.replace('_', ' '), wide=True) for p in pictures)))
     if model: parts.append(('How it was made', f'<details><summary>Configuration</summary><pre class="small">{escape(json.dumps(model.get("config", {}), indent=1))}</pre></details>'))
     return write_text(out or run/'report.html', _page(title or f'Run {run.resolve().name}', _sub(model, values), parts, notes))
