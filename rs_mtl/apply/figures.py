@@ -273,7 +273,7 @@ def curves(history: Any,           # rows with 'epoch' and numbers, or the path 
               'metres': [k for k in keys if any(s in k for s in ('height_rmse', 'height_mae', 'height_bias')) and 'tall' not in k], 'dB': [k for k in keys if 'psnr' in k]}
     groups = {g: ks for g, ks in groups.items() if ks}
     if not groups: raise ConfigError(f'no losses or scores among {", ".join(keys) or "no columns"}', 'columns such as loss, miou, height_rmse', 'pass the history of a run')
-    fig, axes = _figure(1, len(groups), (2, 3), size)
+    fig, axes = _figure(1, len(groups), (3, 3.6), size)
     for ax, (group, ks) in zip(axes, groups.items()):
         ax.set_axis_on()
         for i, k in enumerate(ks):
@@ -282,7 +282,7 @@ def curves(history: Any,           # rows with 'epoch' and numbers, or the path 
         ax.set(xlabel='epoch', title=group)
         ax.spines[['top', 'right']].set_visible(False)
         ax.grid(alpha=.25)
-        ax.legend(frameon=False, fontsize=8)
+        ax.legend(frameon=False, fontsize=8, loc='upper center', bbox_to_anchor=(.5, -.22), ncols=2)  # below, where no curve runs
     return fig
 
 # %% ../../nbs/apply/51_figures.ipynb #1199511f
