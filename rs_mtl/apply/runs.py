@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'Parameter', 'read_parameters', 'list_runs', 'find_run', 'pa
            'check_params', 'split_list', 'split_options', 'RunFailed', 'Stopped', 'run']
 
 # %% ../../nbs/apply/54_runs.ipynb #762f255b
-import ast, io, json, os, signal, sys, tempfile, tokenize
+import ast, asyncio, io, json, os, signal, sys, tempfile, tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,12 +91,18 @@ def check_params(names: Mapping[str, Any],  # `globals()` of the notebook
     notes = names.get('__annotations__', {})
     kinds = {k: t if isinstance(t, str) else getattr(t, '__name__', None) or str(t) for k, t in notes.items()}
     known = {k: Parameter(k, next(p.strip() for p in t.split('|') if p.strip() != 'None'), 'None' in t, None) for k, t in kinds.items()}
-    ours = ('In', 'Out', 'exit', 'quit', 'open', 'get_ipython')  # of IPython itself
-    given = [k for k, v in names.items() if not k.startswith('_') and k not in ours and isinstance(v, (str, int, float, bool, list, dict, tuple, type(None)))]
+    given = [name for source in names.get('In', [])[:-1] for name in _assigned(source)]
     check_names([*given, *limits], list(known), 'this notebook')
     values = {k: check_value(p, names[k]) for k, p in known.items()}
     for k, limit in limits.items(): _check_limit(k, values[k], limit)
     return values
+
+def _assigned(source: str) -> list[str]:
+    "The names that a cell assigns to."
+    try: body = ast.parse(source).body
+    except SyntaxError: return []
+    targets = [t for node in body for t in (node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else [])]
+    return [t.id for t in targets if isinstance(t, ast.Name)]
 
 def _check_limit(name: str, value: Any, limit: Any) -> None:
     if value is None: return
@@ -192,7 +198,7 @@ def run(notebook: str | Path,      # 'train', 'evaluate', 'predict', or the path
             if isinstance(e, KeyboardInterrupt) or stops.seen: raise KeyboardInterrupt from None
             raise RunFailed(f'the kernel of {path.name} died: {e}', 'a process that lives as long as the run', f"it may have run out of memory: try smaller size or batch_size; what it got to is in '{failed}'") from e
         finally:
-            if kernel.has_kernel: kernel.shutdown_kernel(now=True)
+            if kernel.has_kernel: asyncio.run(kernel.shutdown_kernel(now=True))
     os.replace(doing, done)
     failed.unlink(missing_ok=True)
     return done
@@ -202,11 +208,11 @@ def _papermill() -> tuple[Any, Any]:
     try:
         import ipykernel  # noqa: F401
         import papermill
-        from jupyter_client.manager import KernelManager
+        from jupyter_client.manager import AsyncKernelManager
     except ImportError as e: raise ConfigError(f'running notebooks needs {e.name}', 'the extra `notebooks`', "pip install 'rs_mtl[notebooks]'") from e
     import logging
     logging.getLogger('papermill').setLevel(logging.ERROR)
-    return papermill, KernelManager
+    return papermill, AsyncKernelManager
 
 def _made(folder: Path) -> Path:
     try:

@@ -1,0 +1,179 @@
+"The command line and the run notebooks: what is wrong is said before a kernel starts, and what a run leaves can be read."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from rs_mtl.apply.cli import main, parse
+from rs_mtl.apply.runs import find_run, list_runs, parameters_of, run
+from rs_mtl.core import ConfigError
+
+ENV = os.environ | {'OMP_NUM_THREADS': '1', 'RS_MTL_PROGRESS': 'log'}
+CLI = [sys.executable, '-c', 'import sys; from rs_mtl.apply.cli import main; sys.exit(main())']
+
+def cli(*argv, **kwargs): return subprocess.run([*CLI, *map(str, argv)], env=ENV, capture_output=True, text=True, timeout=100, **kwargs)
+
+def notebook(folder, *cells, name='work', tag='parameters'):
+    v4 = nbformat.v4
+    nb = v4.new_notebook(metadata={'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}}, cells=[v4.new_code_cell(c, metadata={'tags': [tag]} if i == 0 and tag else {}) for i, c in enumerate(cells)])
+    folder.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nb, folder/f'{name}.ipynb')
+    return folder/f'{name}.ipynb'
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "A run folder whose name would trip up a careless shell, a careless format string and a careless papermill."
+    folder = tmp_path_factory.mktemp('runs')/'it\'s a "small" {run} ünï'
+    said = cli('train', 'plain', '--data', 'city', '--quick', '--out', folder, '--encoder', 'mobilenetv3_small_050')
+    return folder, said
+
+
+def test_train_leaves_a_folder_that_tells_everything(trained):
+    folder, said = trained
+    assert said.returncode == 0, said.stderr
+    found = {p.name for p in folder.iterdir() if not p.name.startswith('.')}
+    assert found == {'train.ipynb', 'metrics.json', 'history.csv', 'model.json', 'model.safetensors', 'state.json', 'state.safetensors', 'figures'}
+    metrics = json.loads((folder/'metrics.json').read_text())
+    assert {'miou', 'oa', 'height_mae'} <= metrics['values'].keys() and 'mask' in metrics['protocol'] and 'torch' in metrics['versions']
+    assert metrics['parameters']['encoder'] == 'mobilenetv3_small_050' and metrics['parameters']['quick'] is True
+    assert {'sample.png', 'curves.png', 'confusion.png', 'test-0.png'} <= {p.name for p in (folder/'figures').iterdir()}
+    executed = nbformat.read(folder/'train.ipynb', 4)
+    assert any('image/png' in o.get('data', {}) for c in executed.cells for o in c.get('outputs', []))
+    assert 'train: mIoU 0.' in said.stdout and 'train.ipynb' in said.stdout
+
+def test_a_second_run_over_the_first_is_refused_in_words_and_the_first_stays(trained):
+    folder, _ = trained
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    said = cli('train', 'plain', '--quick', '--out', folder, '--encoder', 'mobilenetv3_small_050')
+    assert said.returncode == 1 and 'already holds a run' in said.stderr and 'what to do' in said.stderr and 'Traceback' not in said.stderr
+    failed = folder/'train-failed.ipynb'
+    assert str(failed) in said.stderr and 'ConfigError' in failed.read_text()
+    failed.unlink()
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+
+def test_evaluate_and_predict_read_the_run_folder(trained):
+    folder, _ = trained
+    said = cli('evaluate', folder, '--quick', '--seed', 3)
+    assert said.returncode == 0 and json.loads((folder/'evaluate.json').read_text())['parameters']['seed'] == 3, said.stderr
+    said = cli('predict', folder, '--quick')
+    assert said.returncode == 0, said.stderr
+    assert {p.suffix for p in (folder/'maps').iterdir()} == {'.tif'} and (folder/'figures'/'scene.png').stat().st_size > 5000
+    scene = json.loads((folder/'scene.json').read_text())['values']
+    assert scene['pixels'] == scene['height_pixels'] == 160*160 or scene['pixels'] > 20_000
+
+def test_a_run_can_predict_a_raster_of_the_users_own(trained, tmp_path):
+    folder, _ = trained
+    image = next(p for p in (folder/'scene').iterdir() if p.name == 'image.tif')
+    said = cli('predict', folder, '--image', image, '--out', tmp_path/'my maps', '--tile', 64)
+    assert said.returncode == 0 and list((tmp_path/'my maps').glob('*.tif')), said.stderr
+    assert not (tmp_path/'scene.json').exists()
+
+
+# the wrong words
+
+@pytest.mark.parametrize(('argv', 'hint'), [
+    (['train', 'plain', '--epoch', '5'], "did you mean '--epochs'?"), (['train', '--batch_size', '4'], "did you mean '--batch-size'?"), (['trian'], "did you mean 'train'?"),
+    (['train', '--lr', 'fast'], "invalid float value: 'fast'"), (['train', '--epochs', '1.5'], "invalid int value: '1.5'"), (['train', 'plain', 'twice'], "one word too many: 'twice'"), (['report'], 'run')])
+def test_a_wrong_command_line_exits_with_2_and_a_hint(capsys, argv, hint):
+    with pytest.raises(SystemExit, match='2'): parse(argv)
+    assert hint in capsys.readouterr().err
+
+def test_evaluating_or_predicting_with_nothing_trained_is_said_at_once(tmp_path, capsys):
+    for command in ('evaluate', 'predict', 'report'): assert main([command, str(tmp_path/'none')]) == 1
+    assert capsys.readouterr().err.count('rs-mtl train plain --out') == 3 and not list(tmp_path.iterdir())
+
+def test_help_is_quick_and_complete_and_needs_no_torch():
+    code = "import sys; from rs_mtl.apply.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\nprint(sorted({'torch', 'papermill', 'numpy', 'IPython'} & set(sys.modules)))"
+    start = time.perf_counter()
+    said = subprocess.run([sys.executable, '-c', code], env=ENV | {'COLUMNS': '200'}, capture_output=True, text=True, check=True).stdout
+    assert time.perf_counter() - start < 3 and said.endswith('[]\n')
+    for p in parameters_of('train')[1:]: assert f'--{p.name.replace("_", "-")}' in said and f'{p.kind}, default {p.default!r}]' in said and p.help in said
+    assert 'examples:' in said and 'rs-mtl train plain --data city' in said
+
+def test_list_names_models_and_data_without_torch():
+    code = "import sys; from rs_mtl.apply.cli import main; main(['list']); print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, '-c', code], env=ENV, capture_output=True, text=True, check=True).stdout
+    assert 'plain' in said and 'city, land' in said and said.endswith('False\n')
+
+def test_every_parameter_has_a_type_a_default_and_a_help():
+    assert list_runs() == ['evaluate', 'predict', 'train']
+    for name in list_runs():
+        for p in parameters_of(name): assert p.kind in ('int', 'float', 'str', 'bool') and p.help, (name, p)
+
+
+# parameters, before a kernel starts and in the first cell
+
+CELLS = ("who: str = 'you'   # to greet\ntimes: int = 1\nshare: float = 0.5\nmost: int | None = None",
+         "from rs_mtl.apply.runs import check_params\ncheck_params(globals(), times=(1, 3))", "open('ran', 'w').close()")
+
+@pytest.mark.parametrize(('wrong', 'message'), [
+    ({'whom': 'me'}, "did you mean 'who'?"), ({'times': '2'}, "times='2' is str"), ({'times': None}, 'times=None is None'), ({'times': True}, 'times=True is bool'),
+    ({'share': float('nan')}, 'share=nan'), ({'who': 3}, 'who=3 is int')])
+def test_a_wrong_parameter_stops_before_a_kernel_starts(tmp_path, monkeypatch, wrong, message):
+    import jupyter_client.manager
+    monkeypatch.setattr(jupyter_client.manager.AsyncKernelManager, 'start_kernel', lambda *a, **k: pytest.fail('a kernel was started'))
+    with pytest.raises(ConfigError) as e: run(notebook(tmp_path, *CELLS), tmp_path/'out', **wrong)
+    assert message in str(e.value)
+
+@pytest.mark.parametrize(('wrong', 'message'), [({'whom': 'me'}, "no parameter 'whom'"), ({'times': 9}, 'times=9')])
+def test_a_wrong_parameter_given_to_papermill_itself_stops_in_the_first_cell(tmp_path, monkeypatch, wrong, message):
+    import papermill
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(papermill.PapermillExecutionError, match=message): papermill.execute_notebook(str(notebook(tmp_path, *CELLS)), str(tmp_path/'out.ipynb'), wrong, kernel_name='python3', progress_bar=False)
+    assert not (tmp_path/'ran').exists()
+
+@pytest.mark.parametrize('name', ['train', 'evaluate', 'predict'])
+def test_each_run_notebook_stops_at_a_misspelt_parameter(tmp_path, name):
+    import papermill
+    with pytest.raises(papermill.PapermillExecutionError, match="no parameter 'sede'.*(?s:.)*did you mean 'seed'"):
+        papermill.execute_notebook(str(find_run(name)), None, {'sede': 1}, kernel_name='python3', progress_bar=False)
+
+def test_a_notebook_without_a_parameters_cell_says_how_to_tag_one(tmp_path):
+    with pytest.raises(ConfigError, match='(?s)no cell tagged.*Cell Tags'): run(notebook(tmp_path, 'x = 1', tag=None), tmp_path/'out')
+    (tmp_path/'torn.ipynb').write_text('{"cells": [')
+    with pytest.raises(ConfigError, match='is no notebook'): run(tmp_path/'torn.ipynb', tmp_path/'out')
+
+def test_text_with_quotes_backslashes_and_newlines_arrives_as_it_was(tmp_path, capsys):
+    text = 'a "b" \'c\' \\n {d}\nü $HOME `ls`'
+    out = run(notebook(tmp_path, "who: str = ''", 'print(repr(who))'), tmp_path/'out {x}', who=text)
+    assert repr(text) in capsys.readouterr().out and out.is_file()
+
+def test_the_kernel_is_this_python_whatever_the_user_has_installed_as_python3(tmp_path, monkeypatch, capsys):
+    fake = tmp_path/'jupyter'/'kernels'/'python3'
+    fake.mkdir(parents=True)
+    (fake/'kernel.json').write_text(json.dumps({'argv': ['/bin/false'], 'display_name': 'x', 'language': 'python'}))
+    monkeypatch.setenv('JUPYTER_PATH', str(tmp_path/'jupyter'))
+    run(notebook(tmp_path, 'x: int = 1', 'import sys; print(sys.executable)'), tmp_path/'out')
+    assert sys.executable in capsys.readouterr().out and os.environ['JUPYTER_PATH'] == str(tmp_path/'jupyter')
+
+def test_a_kernel_that_is_killed_is_an_error_in_words(tmp_path):
+    with pytest.raises(Exception, match='(?s)kernel of work.ipynb died.*out of memory'): run(notebook(tmp_path, 'x: int = 1', 'import os; os.kill(os.getpid(), 9)'), tmp_path/'out')
+    assert [p.name for p in (tmp_path/'out').iterdir()] == ['work-failed.ipynb']
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_a_kernel_starts(tmp_path):
+    (tmp_path/'file').write_text('')
+    with pytest.raises(ConfigError, match='cannot be written'): run(notebook(tmp_path, 'x: int = 1'), tmp_path/'file'/'out')
+
+def test_without_papermill_the_message_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'papermill', None)
+    with pytest.raises(ConfigError, match=r"(?s)papermill.*pip install 'rs_mtl\[notebooks\]'"): run(notebook(tmp_path, 'x: int = 1'), tmp_path/'out')
+
+
+def test_ctrl_c_stops_training_after_the_step_keeps_a_checkpoint_and_exits_with_130(tmp_path):
+    folder = tmp_path/'run'
+    argv = ['train', 'plain', '--out', folder, '--encoder', 'mobilenetv3_small_050', '--n', 64, '--size', 64, '--epochs', 200]
+    child = subprocess.Popen([*CLI, *map(str, argv)], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (folder/'state.json').exists() and child.poll() is None: time.sleep(.1)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does
+    out, err = child.communicate(timeout=30)
+    assert child.returncode == 130, err
+    assert 'stopped by SIGINT after step' in err and '--resume' in err and 'Traceback' not in err
+    from rs_mtl.training.checkpoint import load, read_pair
+    assert read_pair(folder, 'state')[1]['run']['step'] > 0 and load(folder) is not None and not (folder/'.lock').exists()
+    assert not [p for p in Path(folder).iterdir() if 'running' in p.name]
