@@ -14,7 +14,7 @@ _PUBLIC = {
     'create_model': 'core', 'list_models': 'core', 'show_progress': 'core',
     'City': 'data.city', 'Land': 'data.land', 'simulate_clouds': 'data.clouds', 'Scene': 'data.scene', 'open_data': 'data.datasets',
     'fit': 'training.fit', 'evaluate': 'training.fit', 'save': 'training.checkpoint', 'load': 'training.checkpoint',
-    'predict_scene': 'apply.predict', 'show_map': 'apply.maps', 'write_report': 'apply.report',
+    'predict_scene': 'apply.predict', 'predict_sample': 'apply.predict', 'show_map': 'apply.maps', 'write_report': 'apply.report',
 }
 
 

@@ -71,6 +71,11 @@ class MultiTaskNet(nn.Module):
         if missing: raise ConfigError(f'statistics for {sorted(stats)}', f'for {" and ".join(self.inputs)}')
         for k in self.inputs: self.normalise[k].set(*stats[k])  # type: ignore[operator]
 
+    @property
+    def has_stats(self) -> bool:
+        "Whether anybody has set them; `fit` does, where nobody has."
+        return all(bool((n.mean != 0).any() | (n.std != 1).any()) for n in self.normalise.values())  # type: ignore[union-attr, operator]
+
 # %% ../../nbs/models/30_net.ipynb #a01a5a01
 def cost_table(net: nn.Module,              # any net of the package
                batch: dict[str, Tensor],    # one batch, whose size is what is counted

@@ -31,6 +31,7 @@ class Plain(MultiTaskNet):
                  share: str = 'decoder',                      # what the tasks share: up to the 'encoder' or up to the 'decoder'
                  width: int = 64,                             # of the decoder
                  detail: int = 16,                            # of the full-resolution stem; 0 for none
+                 full: int = 32,                              # of the features at full resolution that the heads read: most of the time goes here
                  norm: str = 'batch'):                        # 'batch' or 'group', in decoder and heads
         super().__init__(bands, sar_bands, classes, tasks)
         if share not in ('encoder', 'decoder'): raise ConfigError(f'share={share!r}', "'encoder' or 'decoder'")
@@ -41,8 +42,8 @@ class Plain(MultiTaskNet):
         self.owner = {t: f'to_{t}' if share == 'encoder' else 'to_all' for t in self.tasks}  # whose decoder a task reads
         owners = dict.fromkeys(self.owner.values())
         self.decoder = nn.ModuleDict({o: PyramidDecoder(self.encoder.channels, width, norm) for o in owners})
-        self.full = nn.ModuleDict({o: ToFull(width, detail, norm=norm) for o in owners})
-        self.head = nn.ModuleDict({f'to_{t}': HEADS[t](32, classes, bands, norm) for t in self.tasks})
+        self.full = nn.ModuleDict({o: ToFull(width, detail, full, norm) for o in owners})
+        self.head = nn.ModuleDict({f'to_{t}': HEADS[t](full, classes, bands, norm) for t in self.tasks})
 
     def maps(self, streams: dict[str, Tensor]) -> dict[str, Tensor]:
         x = torch.cat(list(streams.values()), 1)                    # (B,bands+sar_bands,H,W)

@@ -45,13 +45,8 @@ def meta_of(net: nn.Module, data: Any) -> dict[str, Any]: # what a checkpoint sh
 
 def _introduce(net: nn.Module, data: Any) -> None:
     "Tell a new net about its data; one that was trained before keeps what it knows."
-    meta = getattr(net, 'meta', None) or meta_of(net, data)
-    set_stats: Any = getattr(net, 'set_stats', None)
-    if set_stats and not meta.get('scaling'):
-        stats = fit_stats(data)
-        set_stats(stats)
-        meta['scaling'] = {k: {'mean': mean, 'std': std} for k, (mean, std) in stats.items()}
-    net.meta = meta  # type: ignore[assignment]
+    if not getattr(net, 'meta', None): net.meta = meta_of(net, data)  # type: ignore[assignment]
+    if not getattr(net, 'has_stats', True): net.set_stats(fit_stats(data))  # type: ignore[operator]
 
 # %% ../../nbs/training/44_fit.ipynb #d787cec9
 def evaluate(net: nn.Module,                    # any net of the contract
