@@ -9,7 +9,7 @@ __all__ = ['LAYERS', 'IGNORE', 'MODELS', 'valid_key', 'RsMtlError', 'DataError',
            'create_model']
 
 # %% ../nbs/00_core.ipynb #a3a17254
-import importlib, json, os, tempfile
+import importlib, json, os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -78,7 +78,7 @@ def _info(info: Any, key: str) -> tuple:
     info = getattr(info, 'meta', info)
     return tuple((info.get(key) if isinstance(info, Mapping) else getattr(info, key, None)) or ())
 
-def _figure(rows: int, cols: int, shape: Sequence[int], size: float) -> tuple[Any, np.ndarray]:
+def _figure(rows: int, cols: int, shape: Sequence[float], size: float) -> tuple[Any, np.ndarray]:
     "A figure without pyplot, so that nothing is shown twice, and its axes without ticks."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(cols*size, rows*(size*shape[-2]/shape[-1] + .3)), dpi=72, layout='constrained')

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def blend_weights(n: int,                # pixels along the axis
                   starts: Sequence[int]  # where the windows start
                  ) -> list[Tensor]:      # per window, its weight at each of its pixels that lie on the axis
     "Weights of overlapping windows along one axis; at every pixel they sum to one."
-    ramp = min((a + tile - b for a, b in zip(starts, starts[1:])), default=0)  # the regular overlap
+    ramp = min((a + tile - b for a, b in pairwise(starts)), default=0)  # the regular overlap
     i = np.arange(tile) + .5
     raw = np.sin(np.pi/2*np.minimum(1, np.minimum(i, tile - i)/max(ramp, 1)))**2
     total = np.zeros(n)

@@ -120,7 +120,7 @@ def scene_layers(known: Mapping[str, Path],      # image and truth
 
 def _hex(palette: Sequence[Sequence[int]], i: int) -> str:
     "The colour of a class in CSS."
-    return '#{:02x}{:02x}{:02x}'.format(*(int(round(v*255)) for v in colour_classes([[i]], palette)[0, 0]))
+    return '#{:02x}{:02x}{:02x}'.format(*(round(v*255) for v in colour_classes([[i]], palette)[0, 0]))
 
 # %% ../../nbs/apply/53_report.ipynb #c4008b06
 SCRIPT = r'''

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'Parameter', 'read_parameters', 'list_runs', 'find_run', 'pa
            'check_params', 'split_list', 'split_options', 'RunFailed', 'Stopped', 'run']
 
 # %% ../../nbs/apply/54_runs.ipynb #762f255b
-import ast, asyncio, io, json, os, signal, sys, tempfile, tokenize
+import ast, asyncio, importlib, io, json, os, signal, sys, tempfile, tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,7 +143,8 @@ def _this_kernel() -> Iterator[None]:
         spec.mkdir(parents=True)
         (spec/'kernel.json').write_text(json.dumps({'argv': [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}', '--log-level=ERROR'], 'display_name': 'Python 3', 'language': 'python'}))
         new = {'JUPYTER_PATH': os.pathsep.join([d, *filter(None, [os.environ.get('JUPYTER_PATH')])]), 'RS_MTL_PROGRESS': os.environ.get('RS_MTL_PROGRESS', 'log'),
-               'MPLBACKEND': os.environ.get('MPLBACKEND', 'module://matplotlib_inline.backend_inline'), 'PYDEVD_DISABLE_FILE_VALIDATION': '1'}
+               'MPLBACKEND': os.environ.get('MPLBACKEND', 'module://matplotlib_inline.backend_inline'), 'PYDEVD_DISABLE_FILE_VALIDATION': '1',
+               'OMP_WAIT_POLICY': os.environ.get('OMP_WAIT_POLICY', 'PASSIVE')}  # on a busy machine, threads that spin while they wait made steps several times slower
         before = {k: os.environ.get(k) for k in new}
         os.environ.update(new)
         try: yield
@@ -206,9 +207,9 @@ def run(notebook: str | Path,      # 'train', 'evaluate', 'predict', or the path
 def _papermill() -> tuple[Any, Any]:
     "papermill and a kernel manager, or what to install."
     try:
-        import ipykernel  # noqa: F401
         import papermill
         from jupyter_client.manager import AsyncKernelManager
+        importlib.import_module("ipykernel")   # papermill needs it and does not bring it
     except ImportError as e: raise ConfigError(f'running notebooks needs {e.name}', 'the extra `notebooks`', "pip install 'rs_mtl[notebooks]'") from e
     import logging
     logging.getLogger('papermill').setLevel(logging.ERROR)

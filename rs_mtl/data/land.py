@@ -64,7 +64,7 @@ def _line(size: tuple[int, int], origin: Sequence[float], scale: float, octaves:
 def _links(rows: np.ndarray, cols: np.ndarray, origin: Sequence[float], spacing: float, keep: float, bend: float, seed: int) -> np.ndarray:
     "Distance in pixels to the nearest link between neighbouring sites; from 3 pixels on it may be 9."
     out = np.full(rows.shape, 9, np.float32)
-    lo, hi = [int(math.floor(x.min() / spacing)) - 1 for x in (rows, cols)], [int(math.floor(x.max() / spacing)) + 2 for x in (rows, cols)]
+    lo, hi = [math.floor(x.min() / spacing) - 1 for x in (rows, cols)], [math.floor(x.max() / spacing) + 2 for x in (rows, cols)]
     R, C = np.arange(lo[0], hi[0] + 1)[:, None], np.arange(lo[1], hi[1] + 1)[None]
     dr, dc = sites(R, C, .8, seed)
     pr, pc = (R + dr.astype(float)) * spacing, (C + dc.astype(float)) * spacing

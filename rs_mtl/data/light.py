@@ -8,7 +8,6 @@ __all__ = ['SKY', 'FLOOR', 'slopes', 'sun_vector', 'hillshade', 'shadow_ceiling'
 
 # %% ../../nbs/data/12_light.ipynb #516817e0
 import math
-from typing import Any
 import numpy as np
 from ..core import ConfigError
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import numpy as np
 
 from ..core import Registry
-from .canvas import BUILDING, CAR, CLUTTER, TREE, Canvas, Stamp
-from .plan import Frame, Local, Rect, Street, cut
+from .canvas import BUILDING, CAR, CLUTTER, Canvas, Stamp
+from .plan import Frame, Local, Rect, cut
 
 # %% ../../nbs/data/15_quarters.ipynb #5b5e38c6
 Wing = tuple[float, float, float, float]   # u, v, half length, half width

@@ -159,7 +159,7 @@ class Objective(nn.Module):
         super().__init__()
         self.tasks, self.weighting, self.aux = tuple(tasks), weighting, aux
         self.losses = {**TASK_LOSSES, **(losses or {})}
-        self.weights = {t: 1. for t in self.tasks} | dict(weights or {})
+        self.weights = dict.fromkeys(self.tasks, 1.0) | dict(weights or {})
         self._check()
         if weighting == 'uncertainty': self.log_variance = nn.Parameter(torch.zeros(len(self.tasks)))
 

@@ -62,7 +62,7 @@ class Items(Dataset):
             sample = dict(self.data[i])
             if 'mask' in sample and self.classes: check_labels(sample['mask'], self.classes)
             return sample | {'item': i}
-        except Exception as e:  # whatever a data set of the user's may raise: it is raised again, with the item's name
+        except Exception as e:  # noqa: BLE001 - whatever a data set of the user's may raise: it is raised again, with the item's name
             return _failure(f'item {i} of {self.name!r}', e)
 
 def _failure(where: str, e: Exception) -> Failure:
