@@ -1,7 +1,6 @@
 "A checkpoint is whole or an error, whatever happens to its files, its writer or its reader."
 import hashlib
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as to_bytes
+from tiny import forkserver
 from torch import nn
 
 import rs_mtl  # noqa: F401
@@ -213,9 +213,7 @@ def write_for_ever(folder, told):
         told.send(n)
 
 def test_kill_9_at_50_random_moments_of_writing_always_leaves_a_whole_pair(tmp_path):
-    start = multiprocessing.get_context('forkserver')
-    start.set_forkserver_preload(['rs_mtl.training.checkpoint'])
-    torn = 0
+    start, torn = forkserver(), 0
     for pause in torch.rand(50, generator=torch.Generator().manual_seed(0)).tolist():
         here, there = start.Pipe(duplex=False)
         child = start.Process(target=write_for_ever, args=(tmp_path, there), daemon=True)

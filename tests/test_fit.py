@@ -1,7 +1,6 @@
 "Training that can be stopped, killed, starved and misled, and what it leaves behind."
 import csv
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import Send, Squares, die, tiny
+from tiny import Send, Squares, die, forkserver, tiny
 
 from rs_mtl.core import CheckpointError, ConfigError, DataError, LabelError, TrainingDiverged
 from rs_mtl.training.checkpoint import load, read_pair
@@ -162,14 +161,13 @@ def train_for_ever(folder):
 
 def test_kill_9_at_random_moments_leaves_a_loadable_folder_and_the_result_of_the_uninterrupted_run(tmp_path):
     "Killed again and again, resumed again and again, stopped at the end, and compared with a run of as many steps."
-    start = multiprocessing.get_context('forkserver')
-    start.set_forkserver_preload(['tiny', 'rs_mtl.training.fit', 'accelerate', 'torchmetrics'])
-    rng, kills, steps = random.Random(0), 0, 0
+    start, rng, kills, steps = forkserver(), random.Random(0), 0, 0
+    lock = tmp_path/'killed'/'.lock'
     deadline = time.monotonic() + 18
     while kills < 25 and time.monotonic() < deadline:
         child = start.Process(target=train_for_ever, args=(tmp_path/'killed',), daemon=True)
         child.start()
-        while not (tmp_path/'killed'/'.lock').exists() and child.is_alive(): time.sleep(.01)
+        while not (lock.exists() and f'"pid": {child.pid},' in lock.read_text()) and child.is_alive(): time.sleep(.01)
         time.sleep(rng.uniform(.02, .35))
         child.kill()
         child.join()

@@ -1,4 +1,5 @@
 "A world and nets so small that a training run takes less than a second; also imported by child processes."
+import multiprocessing
 import os
 import signal
 import time
@@ -57,3 +58,9 @@ def die(i, sample):
     "A worker that is killed, as by a machine out of memory."
     if i == 3: os.kill(os.getpid(), signal.SIGKILL)
     return sample
+
+def forkserver():
+    "Starts children that have everything imported: one server for all tests, since its imports are chosen once."
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['rs_mtl', 'rs_mtl.training.fit', 'rs_mtl.training.metrics', 'accelerate', 'tiny'])  # rs_mtl first: it repairs torchvision
+    return context

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core import ConfigError, TrainingDiverged, progress, valid_key, whole_file, write_text
 from .checkpoint import fill, read_pair, restore_training, save, training_tensors, versions, write_pair
 from .losses import Objective
-from .runtime import Batches, Stop, folder_lock, make_accelerator, make_loader, pick_device, pick_precision, read, schedule, to_device
+from .runtime import Batches, Stop, folder_lock, make_accelerator, open_loader, pick_device, pick_precision, read, schedule, to_device
 
 # %% ../../nbs/training/44_fit.ipynb #b4874984
 def fit_stats(data: Any,                              # a data set of samples
@@ -91,17 +91,18 @@ def _evaluate(net: nn.Module, data: Any, objective: Callable | None, ways: _Ways
     scores = Scores(_tasks(net), getattr(data, 'classes', ())).to(ways.device)
     losses: dict[str, Any] = {}
     mine = list(range(ways.rank, len(data), ways.world))
-    loader = make_loader(data, [mine[i:i + ways.batch_size] for i in range(0, len(mine), ways.batch_size)], ways.workers, len(getattr(data, 'classes', ())), ways.device.type == 'cuda')
+    todo = [mine[i:i + ways.batch_size] for i in range(0, len(mine), ways.batch_size)]
     was_training = net.training
     net.eval()
     try:
-        for batch in _bar(ways.rank == 0, read(loader), 'evaluate', total=len(loader), leave=False, delay=2):
-            batch = to_device(batch, ways.device, ways.channels_last)
-            with ways.autocast():
-                out = net(batch)
-                found = objective(out, batch) if objective else {}
-            scores.update({k: v.float() for k, v in out.items()}, batch)
-            for k, v in found.items(): losses.setdefault(k, MeanMetric().to(ways.device)).update(v, weight=len(batch['item']))
+        with open_loader(data, todo, ways.workers, len(getattr(data, 'classes', ())), ways.device.type == 'cuda') as loader:
+            for batch in _bar(ways.rank == 0, read(loader), 'evaluate', total=len(todo), leave=False, delay=2):
+                batch = to_device(batch, ways.device, ways.channels_last)
+                with ways.autocast():
+                    out = net(batch)
+                    found = objective(out, batch) if objective else {}
+                scores.update({k: v.float() for k, v in out.items()}, batch)
+                for k, v in found.items(): losses.setdefault(k, MeanMetric().to(ways.device)).update(v, weight=len(batch['item']))
     finally: net.train(was_training)
     result = scores.compute()
     values = {'loss' if k == 'total' else f'loss_{k}': m.compute().item() for k, m in losses.items()}
@@ -310,8 +311,7 @@ def _row(run: Run, lr: float, items: int, seconds: float, result: Any) -> dict[s
 def _run(run: Run, learner: Learner, keeper: Keeper, batches: Batches, train: Any, val: Any, stop: Stop) -> None:
     "Epoch after epoch: learn, validate, keep."
     ways, main = learner.ways, learner.acc.is_main_process
-    loader = make_loader(train, batches, ways.workers, len(getattr(train, 'classes', ())), ways.device.type == 'cuda')
-    with _bar(main, None, 'training', total=run.steps, initial=run.step) as bar:
+    with open_loader(train, batches, ways.workers, len(getattr(train, 'classes', ())), ways.device.type == 'cuda') as loader, _bar(main, None, 'training', total=run.steps, initial=run.step) as bar:
         while run.step < run.steps and not run.stopped:
             batches.epoch, batches.start, before = run.epoch, run.done, run.done
             seconds = _epoch(run, learner, keeper, read(loader), bar, stop)
