@@ -54,8 +54,8 @@ def _traffic(town: Town, street: Street) -> None:
 def _quarter(town: Town, density: float) -> str:
     "What a block of this density becomes."
     if town.chance(.15): return town.pick('park', 'park', 'park', 'park', 'car_park', 'car_park', 'site', 'site', 'sports')
-    if density < .36: return 'villas'
-    if density < .5: return town.pick('villas', 'terraces')
+    if density < .34: return 'villas'
+    if density < .46: return town.pick('villas', 'terraces')
     if density < .68: return town.pick('slabs', 'terraces', 'courtyard', 'slabs')
     if density < .86: return town.pick('courtyard', 'slabs', 'towers')
     return town.pick('industry', 'towers', 'industry', 'courtyard')
@@ -87,7 +87,7 @@ def draw_town(rng: np.random.Generator, size: tuple[int, int], gsd: float) -> To
     "A town, drawn; its canvas holds every layer."
     town = Town(rng, size, gsd)
     for street in town.streets: _street(town, street)
-    density, trend = rng.uniform(.05, 1.), rng.normal(0, .0022, 2)
+    density, trend = rng.uniform(.1, 1.1), rng.normal(0, .0022, 2)
     todo: list[tuple[str, Rect]] = []
     for block in town.blocks:
         if town.seen(block) is None: continue
@@ -120,7 +120,7 @@ def render(rng: np.random.Generator, size: tuple[int, int], gsd: float) -> dict[
     "One scene: image (4,H,W), sar (2,H,W), mask and height (H,W), and the sun that lit it."
     town = draw_town(rng, size, gsd)
     surface, height, slow = _surface(town, int(rng.integers(2**31)))
-    sun = azimuth, elevation = rng.uniform(110, 250), rng.uniform(32, 55)
+    sun = azimuth, elevation = rng.uniform(110, 250), rng.uniform(34, 52)
     image = illuminate(surface, direct_light(height, azimuth, elevation, gsd), np.clip(hillshade(height, azimuth, elevation, gsd), 0, 1.7), openness=.9)
     image = sensor(add_haze(image, rng.uniform(0, .18))*np.float32(rng.uniform(.85, 1.15)), .55, .005, rng)
     look = rng.uniform(60, 120) + (180 if rng.random() < .5 else 0)

@@ -229,7 +229,8 @@ def _villa(town: Town, lots: Local, s0: float, s1: float, front: float, inward: 
     "One lot: garden, drive, house, garage or car, pool, bed and trees; t runs inward from the front."
     rng, mid, half = town.rng, (s0 + s1)/2, (s1 - s0)/2
     at = lambda s, t: lots.at(s, front + inward*t)
-    a, b = rng.uniform(4, max(4.1, min(7, half - 1.4))), rng.uniform(3.8, 5.6)
+    low = town.chance(.45)      # bungalows are wide, two-storey houses are compact
+    a, b = rng.uniform(5.2 if low else 4, max(5.3, min(7.4 if low else 6, half - 1.2))), rng.uniform(4.6, 6) if low else rng.uniform(3.8, 4.8)
     if town.seen(lots.rect(s0, front, s1, front + inward*depth)) is None or depth < 2*b + 6: return
     if town.chance(.85): town.ground(lots.rect(s0, front, s1, front + inward*depth), town.pick('lawn', 'lawn', 'lawn', 'meadow'), town.tint(.14, .06))
     side = -1 if town.chance(.5) else 1
@@ -237,9 +238,9 @@ def _villa(town: Town, lots: Local, s0: float, s1: float, front: float, inward: 
     town.ground(lots.rect(drive - 1.5, front, drive + 1.5, front + inward*rng.uniform(7, 11)), 'paving')
     wings: list[Wing] = [(0, 0, a, b)]
     if town.chance(.3): wings.append((-side*(a - 2.2), inward*(b + 1.2), 2.2 + rng.uniform(0, .8), 2.6))
-    roof = town.pick('gable', 'gable', 'gable', 'hip', 'hip', 'flat')
+    roof = town.pick('hip', 'hip', 'gable', 'flat') if low else town.pick('gable', 'gable', 'gable', 'hip')
     material = style if roof != 'flat' and town.chance(.6) else None
-    town.building(*at(mid, rng.uniform(3.5, 7) + b), wings, roof, rng.uniform(3, 6), rng.uniform(.55, 1.), material, lots.turn)
+    town.building(*at(mid, rng.uniform(3.5, 7) + b), wings, roof, rng.uniform(3, 3.6) if low else rng.uniform(5.4, 6.2), .45 if low else .85, material, lots.turn)
     if town.chance(.35): town.building(*at(drive, rng.uniform(10, 13)), [(0, 0, 1.7, 2.9)], 'flat', rng.uniform(3., 3.4), turn=lots.turn)
     elif town.chance(.55): town.add_car(*at(drive, 4.), lots.turn + math.pi/2)
     if town.chance(.14): town.patch(*at(mid + rng.uniform(-3, 3), min(depth - 4, 23)), rng.uniform(3, 4.6), rng.uniform(1.8, 2.4), lots.turn, 'pool')
@@ -252,12 +253,12 @@ def _villa(town: Town, lots: Local, s0: float, s1: float, front: float, inward: 
 def terraces(town: Town, block: Rect) -> None:
     "Rows of joined houses."
     rng, lots = town.rng, Local(block)
-    style, eaves, t = town.pick(*PITCHED), rng.uniform(5.5, 7.5), 9.
+    style, eaves, t = town.pick(*PITCHED), rng.uniform(5.6, 6.6), 9.
     while t < lots.depth - 7:
         s = 4.
         while s < lots.length - 14:
             n = min(rng.uniform(22, 44), lots.length - s - 4)
-            town.building(*lots.at(s + n/2, t), [(0, 0, n/2, 5.2)], 'gable', eaves, rng.uniform(.6, .85), style, lots.turn)
+            town.building(*lots.at(s + n/2, t), [(0, 0, n/2, 5.2)], 'gable', eaves, .7, style, lots.turn)
             for k in np.arange(s + 3, s + n - 2, 6.):
                 if town.chance(.8): town.ground(lots.rect(k - .6, t - 8, k + .6, t - 5.2), 'paving')
                 if town.chance(.4): town.add_tree(*lots.at(k + rng.uniform(-2, 2), t + rng.uniform(7.5, 11)), rng.uniform(1.5, 3))
@@ -268,19 +269,20 @@ def terraces(town: Town, block: Rect) -> None:
 @QUARTERS.register('courtyard')
 def courtyard(town: Town, block: Rect) -> None:
     "Houses along two, three or four sides, a yard behind them."
-    rng, d, (w, h) = town.rng, town.rng.uniform(5.2, 6.8), block.size
+    rng, (w, h), eaves = town.rng, block.size, town.rng.uniform(9, 21)
+    d = 4.4 + .13*eaves     # higher houses are deeper
     if min(w, h) < 4.6*d: return slabs(town, block)
     (p, q), a, b = block.centre, w/2 - 1.2, h/2 - 1.2
     sides: list[Wing] = [(0, -b + d, a, d), (-a + d, 0, d, b), (0, b - d, a, d), (a - d, 0, d, b)]
     start, keep = int(rng.integers(4)), int(rng.choice([2, 3, 4], p=[.25, .4, .35]))
-    eaves, roof, yard = rng.uniform(11, 18), town.pick('gable', 'gable', 'flat'), block.inset(2*d + 1.5)
+    roof, yard = town.pick('gable', 'gable', 'flat'), block.inset(2*d + 1.5)
     if town.chance(.6): town.ground(yard, 'lawn')
     for u, v, hu, hv in (sides[(start + i) % 4] for i in range(keep)):
         n = max(1, round(max(hu, hv)/rng.uniform(8, 14)))      # houses in this front
         for k in range(n):
             along, part = (2*k + 1 - n)/n, (0., 0., hu/n, hv) if hu >= hv else (0., 0., hu, hv/n)
             place = (p + u + along*hu, q + v) if hu >= hv else (p + u, q + v + along*hv)
-            town.building(*place, [part], roof if town.chance(.85) else 'flat', min(eaves + rng.normal(0, 1.5), 30), .55)
+            town.building(*place, [part], roof if town.chance(.85) else 'flat', eaves + rng.normal(0, .8), .5)
     for _ in range(int(rng.integers(2, 9))): town.add_tree(*yard.spot(*rng.uniform(.1, .9, 2)), rng.uniform(1.8, 4))
     for _ in range(int(rng.integers(0, 7))): town.add_car(*yard.spot(*rng.uniform(.1, .9, 2)), 0. if town.chance(.5) else math.pi/2)
 
@@ -288,18 +290,19 @@ def courtyard(town: Town, block: Rect) -> None:
 def slabs(town: Town, block: Rect) -> None:
     "Apartment blocks between lawns."
     rng, lots = town.rng, Local(block, town.chance(.5))
-    t, eaves = 9., rng.uniform(9, 20)
+    eaves = rng.uniform(8, 27)
+    half, t = 5. + .13*eaves, 4. + .4*eaves
     while t < lots.depth - 7:
-        s, half = 5., rng.uniform(5.6, 7.4)
+        s = 5.
         while s < lots.length - 20:
             n = min(rng.uniform(26, 58), lots.length - s - 5)
             wings: list[Wing] = [(0, 0, n/2, half)]
             if n > 34 and lots.depth - t > 32 and town.chance(.4): wings += [(-n/2 + half, 10, half, 14)] + ([(n/2 - half, 10, half, 14)] if town.chance(.4) else [])
-            town.building(*lots.at(s + n/2, t), wings, 'flat' if town.chance(.8) else 'gable', eaves + rng.normal(0, 1), .4, turn=lots.turn)
-            s += n + rng.uniform(7, 12)
-        if town.chance(.5) and t + 18 < lots.depth - 4: town.parking(lots, 6, lots.length - 6, t + 9.5, t + 15)
-        elif town.chance(.6): town.ground(lots.rect(5, t + 11, lots.length - 5, t + 13.2), 'paving')
-        t += rng.uniform(23, 30)
+            town.building(*lots.at(s + n/2, t), wings, 'flat' if town.chance(.8) else 'gable', eaves + rng.normal(0, .5), .4, turn=lots.turn)
+            s += n + 4 + .35*eaves
+        if town.chance(.5) and t + half + 10 < lots.depth - 4: town.parking(lots, 6, lots.length - 6, t + half + 2, t + half + 7.5)
+        elif town.chance(.6): town.ground(lots.rect(5, t + half + 3, lots.length - 5, t + half + 5.2), 'paving')
+        t += 2*half + 5 + .7*eaves     # light for the lower floors: higher slabs stand further apart
     town.scatter_trees(block.inset(2), 260, 1.8, 5)
 
 @QUARTERS.register('towers')
@@ -314,7 +317,7 @@ def towers(town: Town, block: Rect) -> None:
             p, q = block.spot((i + .5)/nx, (j + .5)/ny)
             p, q = p + rng.uniform(-3, 3), q + rng.uniform(-3, 3)
             if town.chance(.4): town.building(p + rng.uniform(-6, 6), q + rng.uniform(-6, 6), [(0, 0, half + 5, half + 4)], 'flat', rng.uniform(4, 6))
-            town.building(p, q, [(0, 0, half, half*rng.uniform(.75, 1))], 'flat', rng.uniform(24, 37), turn=0. if town.chance(.5) else math.pi/2)
+            town.building(p, q, [(0, 0, half, half*rng.uniform(.75, 1))], 'flat', min(11 + 2.2*half + rng.normal(0, .8), 38), turn=0. if town.chance(.5) else math.pi/2)
     town.scatter_trees(block, 330, 2, 5.5)
     town.parking(Local(block, False), 4, w - 4, 1.5, 7.)
 
@@ -332,7 +335,7 @@ def industry(town: Town, block: Rect) -> None:
             if town.chance(.2) or min(a, b) < 5:
                 for t in np.arange(5, lot.depth - 6, 13): town.parking(lot, 4, lot.length - 4, t, t + 6)
                 continue
-            town.building(p, q, [(0, 0, a, b)], 'flat' if town.chance(.75) else 'gable', rng.uniform(6, 12), .14, town.pick('metal', 'gravel', 'bitumen', 'metal', 'slate'))
+            town.building(p, q, [(0, 0, a, b)], 'flat' if town.chance(.75) else 'gable', 5.5 + .2*min(a, b) + rng.normal(0, .6), .14, town.pick('metal', 'gravel', 'bitumen', 'metal', 'slate'))
             for _ in range(int(rng.integers(0, 8))): town.box(p + (-1 if town.chance(.5) else 1)*(a + 2), q + rng.uniform(-1, 1)*b, math.pi/2 if town.chance(.8) else 0.)
             for _ in range(int(rng.integers(1, 6))): town.add_car(p + rng.uniform(-1, 1)*a, q + (-1 if town.chance(.5) else 1)*(b + 2.6), 0., town.chance(.35))
     for _ in range(int(rng.integers(0, 8))): town.add_tree(*block.spot(rng.random(), .01 if town.chance(.5) else .99), rng.uniform(1.8, 3.6))
