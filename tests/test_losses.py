@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rs_mtl.core import IGNORE, ConfigError, LabelError
-from rs_mtl.training.losses import HEIGHT_KINDS, Objective, charbonnier, check_labels, cross_entropy, dice, height_loss, l1, mask_loss
+from rs_mtl.training.losses import HEIGHT_KINDS, Objective, charbonnier, check_labels, cross_entropy, dice, height_loss, l1, mask_loss, masked_mean
 
 FAST = settings(max_examples=40, deadline=None)
 GARBAGE = st.sampled_from([float('nan'), float('inf'), -float('inf'), -9999., 3.4e38])
@@ -25,6 +25,12 @@ def gradient(loss, pred, *args, **kwargs):
     value = loss(pred, *args, **kwargs)
     return value.detach(), torch.autograd.grad(value, pred)[0]
 
+
+@FAST
+@given(seed=st.integers(0, 10_000), share=st.floats(0, 1), garbage=GARBAGE)
+def test_a_mean_over_valid_pixels_does_not_see_the_others(seed, share, garbage):
+    x, _, valid = case(seed, share)
+    assert float(masked_mean(torch.where(valid, x, garbage), valid)) == pytest.approx(float(x[valid].mean()) if valid.any() else 0.)
 
 REGRESSIONS = {**{f'height {k}': (lambda p, t, v, k=k: height_loss(p, t, v, kind=k)) for k in HEIGHT_KINDS}, 'charbonnier': charbonnier, 'l1': l1}
 
