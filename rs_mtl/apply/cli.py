@@ -85,11 +85,10 @@ def _check_run(folder: Path) -> None:
     "Say at once that there is nothing to evaluate or to predict with."
     if not (folder/'model.json').is_file(): raise ConfigError(f"there is no trained net in '{folder}'", 'a run folder with model.json', 'train one: rs-mtl train plain --out ' + repr(str(folder)))
 
-def _summary(folder: Path, name: str) -> str:
+def _summary(file: Path) -> str:
     "The headline scores of a run, in one line."
     import json
-    if not (folder/name).is_file(): return ''
-    values = json.loads((folder/name).read_text(encoding='utf-8')).get('values', {})
+    values = json.loads(file.read_text(encoding='utf-8')).get('values', {})
     shown = [(label, values.get(k), unit) for k, label, unit in (('miou', 'mIoU', ''), ('oa', 'accuracy', ''), ('height_mae', 'height error', ' m'), ('clear_psnr', 'PSNR', ' dB'))]
     return ', '.join(f'{label} {v:.3f}{unit}' for label, v, unit in shown if isinstance(v, (int, float)))
 
@@ -98,9 +97,11 @@ def _run(command: str, values: dict[str, Any]) -> int:
     folder = _folder(command, values)
     if command in ('evaluate', 'predict'): _check_run(folder)
     print(f'{command}: {folder}', file=sys.stderr, flush=True)
+    where = Path(values['out']) if command == 'evaluate' and values.get('out') else Path(values['out']).parent if command == 'predict' and values.get('out') else folder
+    file = where/{'train': 'metrics.json', 'evaluate': 'evaluate.json', 'predict': 'scene.json'}.get(command, 'metrics.json')
+    before = file.stat().st_mtime_ns if file.is_file() else 0
     notebook = run(command, folder, **values)
-    file = {'train': 'metrics.json', 'evaluate': 'evaluate.json', 'predict': 'scene.json'}.get(command, '')
-    if file and (scores := _summary(folder, file)): print(f'{command}: {scores}')
+    if file.is_file() and file.stat().st_mtime_ns != before: print(f'{command}: {_summary(file)}')  # and not the scores of an earlier run
     print(f'{command}: see {notebook}')
     return 0
 
