@@ -14,7 +14,7 @@ help:                  ## what can be made
 	@echo 'PYTHON=python3.12 chooses the Python, VENV=folder the environment, JOBS=4 the number of test processes.'
 
 demo: $(VENV)/.demo    ## train on the synthetic city, map a whole scene, write a report (runs/demo/report.html)
-	$(BIN)/rs-mtl train plain --data city --out $(OUT)
+	$(BIN)/rs-mtl train plain --data city --out $(OUT) --resume
 	$(BIN)/rs-mtl predict $(OUT)
 	$(BIN)/rs-mtl report $(OUT)
 

@@ -641,6 +641,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'rs_mtl/training/runtime.py'),
                                          'rs_mtl.training.runtime.make_loader': ( 'training/runtime.html#make_loader',
                                                                                   'rs_mtl/training/runtime.py'),
+                                         'rs_mtl.training.runtime.open_loader': ( 'training/runtime.html#open_loader',
+                                                                                  'rs_mtl/training/runtime.py'),
                                          'rs_mtl.training.runtime.pick_device': ( 'training/runtime.html#pick_device',
                                                                                   'rs_mtl/training/runtime.py'),
                                          'rs_mtl.training.runtime.pick_precision': ( 'training/runtime.html#pick_precision',

@@ -1,0 +1,42 @@
+"Benchmarks take too long for the tests at full size: each runs here with small parameters, and the committed results must be of the promised form."
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('papermill')
+from rs_mtl.apply.runs import run
+
+HERE = Path(__file__).resolve().parents[1]/'nbs'/'benchmarks'
+NAMES = sorted(p.stem for p in HERE.glob('*.ipynb'))
+SMALL = {  # a new benchmark joins with a line
+    'city': dict(size=64, scenes=16, test_scenes=6, steps=4),
+    'land': dict(size=64, scenes=16, test_scenes=6, steps=4),
+    'training_loop': dict(quick=True),
+}
+
+
+def check(result, name):
+    assert result['name'] == name and {'command', 'versions', 'protocol', 'rows'} <= set(result)
+    assert result['rows'] and all(isinstance(r, dict) for r in result['rows'])
+    assert {'rs_mtl', 'torch', 'python'} <= set(result['versions'])
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_benchmark_runs_with_small_parameters_and_writes_its_rows(name, tmp_path, capfd):
+    run(HERE/f'{name}.ipynb', tmp_path, out=str(tmp_path), **SMALL[name])
+    check(json.loads((tmp_path/f'{name}.json').read_text()), name)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_its_committed_results_are_of_the_promised_form(name):
+    check(json.loads((HERE/'results'/f'{name}.json').read_text()), name)
+
+
+def test_the_worlds_are_hard_in_the_way_that_is_asked_of_them():
+    "The committed answers; they are measured by the benchmark and only read here."
+    city, land = (json.loads((HERE/'results'/f'{n}.json').read_text())['answer'] for n in ('city', 'land'))
+    assert city['mIoU of the net over the best pixel classifier, points'] >= 15
+    assert city['height RMSE of the net over the mean of the predicted class'] <= .5
+    assert land['mIoU of both over the best pixel classifier, points'] >= 15
+    assert min(land['mIoU of both over optical alone, points'], land['mIoU of both over radar alone, points']) >= 3
