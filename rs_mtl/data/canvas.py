@@ -107,7 +107,8 @@ class Canvas:
               where: np.ndarray,                      # which pixels of it
               material: str,                          # a name in `MATERIALS`
               tint: float | np.ndarray = 1.,          # factor on its colour, one number or one per band
-              height: float | np.ndarray | None = None): # metres; None leaves the height
+              height: float | np.ndarray | None = None  # metres; None leaves the height
+             ) -> None:
         "Paint every layer at once."
         self.colour[at][where] = np.multiply(MATERIALS[material].colour, tint)
         self.material[at][where] = _NUMBER[material]
