@@ -31,6 +31,8 @@ def tidied(path: Path, root: Path = ROOT) -> str:
     config = tomllib.loads((root / 'pyproject.toml').read_text(encoding='utf-8'))['tool']['nbdev']
     nb = json.loads(path.read_text(encoding='utf-8'))
     clean_nb(nb, allowed_cell_metadata_keys=config['allowed_cell_metadata_keys'])
+    for cell in nb['cells']:  # progress bars and warnings are for whoever runs it, not for whoever reads it
+        if 'outputs' in cell: cell['outputs'] = [o for o in cell['outputs'] if o.get('name') != 'stderr']
     nb['metadata'] = {key: value for key, value in nb['metadata'].items() if key not in ('jupytext', 'widgets')} | {'kernelspec': dict(KERNEL)}
     return nb2str(nb)
 
