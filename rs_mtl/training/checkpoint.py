@@ -155,6 +155,8 @@ def _build(config: Mapping[str, Any], folder: Path) -> nn.Module:
 def fill(net: nn.Module, tensors: Mapping[str, Tensor], where: str | Path = 'the checkpoint') -> None:
     "Put tensors into a net; every name and shape must fit, and every value be finite."
     own = net.state_dict()
+    # a file keeps its tensors in no order; a message names them in the order of the net
+    tensors = {k: tensors[k] for k in [*own, *sorted(tensors.keys() - own.keys())] if k in tensors}
     shapes = [f'{k} {tuple(v.shape)} for {tuple(own[k].shape)}' for k, v in tensors.items() if k in own and v.shape != own[k].shape]
     for names, what in (([k for k in own if k not in tensors], 'lacks'), ([k for k in tensors if k not in own], 'has unknown tensors'),
                         (shapes, 'has other shapes'), (_not_finite(tensors), 'holds values that are not finite')):
