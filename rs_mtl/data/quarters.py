@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Wing', 'MOST', 'PITCHED', 'FLAT', 'BOXES', 'PAINTS', 'QUARTERS', 'GROUND', 'roof_height', 'crown_height', 'Builder',
-           'Town', 'villas', 'terraces', 'courtyard', 'slabs', 'towers', 'industry', 'park', 'car_park', 'site',
-           'sports']
+           'Houses', 'Yards', 'Town', 'villas', 'terraces', 'courtyard', 'slabs', 'towers', 'industry', 'park',
+           'car_park', 'site', 'sports']
 
 # %% ../../nbs/data/15_quarters.ipynb #03807b4f
 import math
@@ -95,8 +95,8 @@ class Builder:
         if at is not None: self.canvas.paint(at, self.inside(a, at) & self.free(at), material, self.tint() if tint is None else tint)
 
 # %% ../../nbs/data/15_quarters.ipynb #0352b9b2
-class Town(Builder):
-    "A builder that knows the things of a town."
+class Houses(Builder):
+    "A builder that knows buildings."
     def building(self, p: float, q: float, wings: list[Wing], roof: str, eaves: float, slope: float = .7, material: str | None = None, turn: float = 0.) -> None:
         "Put up a building around a place of the plan."
         half_u, half_v = max(abs(w[0]) + w[2] for w in wings), max(abs(w[1]) + w[3] for w in wings)
@@ -130,6 +130,9 @@ class Town(Builder):
             spot = (np.abs(s.u - u - self.rng.uniform(-.7, .7)*a) < .6) & (np.abs(s.v - v - self.rng.uniform(-.5, .5)*b) < .5) & where
             self.canvas.paint(s.at, spot, material, tint*(.45 if self.chance(.5) else 1.5))
 
+# %% ../../nbs/data/15_quarters.ipynb #7e84a56e
+class Yards(Houses):
+    "And what stands on the ground around them."
     def patch(self, p: float, q: float, half_u: float, half_v: float, turn: float, material: str, tint: float | np.ndarray | None = None) -> None:
         "A small rectangle of ground, unless something stands there: a bed, a pool, a court."
         if not self.near(p, q, half_u + half_v): return
@@ -163,6 +166,9 @@ class Town(Builder):
             self.canvas.paint(s.at, free, 'heap', self.tint(), z)
         self.later.append(draw)
 
+# %% ../../nbs/data/15_quarters.ipynb #f042b38d
+class Town(Yards):
+    "And what moves and grows."
     def add_car(self, p: float, q: float, turn: float, big: bool = False) -> None:
         "A car, or a lorry, once everything that is built stands."
         if not self.near(p, q, 5): return
@@ -266,6 +272,7 @@ def terraces(town: Town, block: Rect) -> None:
             s += n + rng.uniform(4, 8)
         t += rng.uniform(19, 24)
 
+# %% ../../nbs/data/15_quarters.ipynb #c51e0e8f
 @QUARTERS.register('courtyard')
 def courtyard(town: Town, block: Rect) -> None:
     "Houses along two, three or four sides, a yard behind them."
@@ -286,6 +293,7 @@ def courtyard(town: Town, block: Rect) -> None:
     for _ in range(int(rng.integers(2, 9))): town.add_tree(*yard.spot(*rng.uniform(.1, .9, 2)), rng.uniform(1.8, 4))
     for _ in range(int(rng.integers(0, 7))): town.add_car(*yard.spot(*rng.uniform(.1, .9, 2)), 0. if town.chance(.5) else math.pi/2)
 
+# %% ../../nbs/data/15_quarters.ipynb #a56a7564
 @QUARTERS.register('slabs')
 def slabs(town: Town, block: Rect) -> None:
     "Apartment blocks between lawns."
@@ -305,6 +313,7 @@ def slabs(town: Town, block: Rect) -> None:
         t += 2*half + 5 + .7*eaves     # light for the lower floors: higher slabs stand further apart
     town.scatter_trees(block.inset(2), 260, 1.8, 5)
 
+# %% ../../nbs/data/15_quarters.ipynb #726e6ebd
 @QUARTERS.register('towers')
 def towers(town: Town, block: Rect) -> None:
     "High-rises, some on a wide base."
@@ -340,6 +349,7 @@ def industry(town: Town, block: Rect) -> None:
             for _ in range(int(rng.integers(1, 6))): town.add_car(p + rng.uniform(-1, 1)*a, q + (-1 if town.chance(.5) else 1)*(b + 2.6), 0., town.chance(.35))
     for _ in range(int(rng.integers(0, 8))): town.add_tree(*block.spot(rng.random(), .01 if town.chance(.5) else .99), rng.uniform(1.8, 3.6))
 
+# %% ../../nbs/data/15_quarters.ipynb #6a85145b
 @QUARTERS.register('park')
 def park(town: Town, block: Rect) -> None:
     "Lawn, winding paths, perhaps a pond, and trees of every size."
@@ -360,6 +370,7 @@ def _pond(town: Town, at: tuple[slice, slice], p: float, q: float, r: float) -> 
     town.canvas.paint(at, wet, 'water', town.tint(.15, .1))
     town.closed[at] |= wet
 
+# %% ../../nbs/data/15_quarters.ipynb #418cbffd
 @QUARTERS.register('car_park')
 def car_park(town: Town, block: Rect) -> None:
     "Rows of bays with trees between them."
@@ -370,6 +381,7 @@ def car_park(town: Town, block: Rect) -> None:
         for s in np.arange(6, lot.length - 4, town.rng.uniform(12, 18)):
             if town.chance(.6): town.add_tree(*lot.at(s, t + 5.3), town.rng.uniform(1.6, 2.8))
 
+# %% ../../nbs/data/15_quarters.ipynb #8e24c8b5
 @QUARTERS.register('site')
 def site(town: Town, block: Rect) -> None:
     "A building site: bare earth, heaps, containers, a shell."
@@ -380,6 +392,7 @@ def site(town: Town, block: Rect) -> None:
     for _ in range(int(rng.integers(2, 7))): town.box(*inner.spot(*rng.random(2)), 0. if town.chance(.5) else math.pi/2)
     for _ in range(int(rng.integers(1, 5))): town.add_car(*inner.spot(*rng.random(2)), rng.uniform(0, 3), True)
 
+# %% ../../nbs/data/15_quarters.ipynb #458f241c
 @QUARTERS.register('sports')
 def sports(town: Town, block: Rect) -> None:
     "A hall, courts, trees along two sides."
