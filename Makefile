@@ -22,7 +22,7 @@ test: $(VENV)/.all     ## all tests: notebooks, properties, faults, packaging, s
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lab: $(VENV)/.all      ## the notebooks, in JupyterLab
-	$(BIN)/jupyter lab index.ipynb
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) index.ipynb
 
 clean:                 ## remove what tools leave behind; .venv and runs/ stay
 	rm -rf build dist *.egg-info _proc _docs .pytest_cache .ruff_cache .mypy_cache .hypothesis
