@@ -12,7 +12,7 @@ _install_repair()
 # so that `import rs_mtl` costs milliseconds and needs neither torch nor rasterio.
 _PUBLIC = {
     'create_model': 'core', 'list_models': 'core', 'show_progress': 'core',
-    'City': 'data.city', 'Land': 'data.land', 'simulate_clouds': 'data.clouds', 'Scene': 'data.scene',
+    'City': 'worlds.city', 'Land': 'worlds.land', 'simulate_clouds': 'worlds.clouds', 'Scene': 'data.scene',
     'open_data': 'data.datasets', 'list_data': 'data.datasets',
     'Objective': 'training.losses', 'Scores': 'training.metrics', 'fit': 'training.fit', 'fit_stats': 'training.fit', 'evaluate': 'training.fit',
     'save': 'training.checkpoint', 'load': 'training.checkpoint',

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from rs_mtl.core import IGNORE, valid_key
-from rs_mtl.data.canvas import BUILDING, CAR, IMPERVIOUS, LOW, TREE
-from rs_mtl.data.city import City, render
-from rs_mtl.data.plan import Frame, Rect, cut
+from rs_mtl.worlds.canvas import BUILDING, CAR, IMPERVIOUS, LOW, TREE
+from rs_mtl.worlds.city import City, render
+from rs_mtl.worlds.plan import Frame, Rect, cut
 
 LAYERS = {'image': 4, 'sar': 2, 'clear': 4, 'cloud_impact': 1, 'height': 1}
 SAMPLE = Path(__file__).resolve().parents[1]/'data'/'city'
@@ -86,7 +86,7 @@ def test_a_border_around_classes_is_as_wide_as_asked():
 
 
 def test_shadows_fall_away_from_the_sun_and_grow_when_it_sinks():
-    from rs_mtl.data.light import direct_light
+    from rs_mtl.worlds.light import direct_light
     scene = render(np.random.default_rng(2), (160, 160), .5)
     low, high = (1 - direct_light(scene['height'], scene['sun'][0], e, .5) for e in (30, 60))
     assert low.sum() > 1.5*high.sum() > 0
@@ -121,7 +121,7 @@ def test_large_scenes_cost_by_area_and_hold_together():
 
 def test_the_committed_sample_is_what_is_drawn_today(tmp_path):
     rasterio = pytest.importorskip('rasterio')
-    from rs_mtl.data.scene import write_city
+    from rs_mtl.data.samples import write_city
     write_city(tmp_path)
     names = sorted(p.name for p in SAMPLE.glob('*.tif'))
     assert names == sorted(p.name for p in tmp_path.glob('*.tif')) and sum(p.stat().st_size for p in SAMPLE.glob('*.tif')) < 3e6

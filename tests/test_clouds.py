@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rs_mtl.core import BandError, ConfigError, DataError
-from rs_mtl.data.clouds import SENSORS, SKIES, Layer, band_optics, simulate_clouds, towards_sun
+from rs_mtl.worlds.clouds import SENSORS, SKIES, Layer, band_optics, simulate_clouds, towards_sun
 
 quick = settings(max_examples=25, deadline=None)
 skies = st.sampled_from([s for s in SKIES if s != 'clear'])

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from rs_mtl.core import IGNORE, ConfigError
-from rs_mtl.data.land import CLASSES, PALETTE, WATER, Land, _links, speckle
-from rs_mtl.data.noise import fractal, points
+from rs_mtl.worlds.land import CLASSES, PALETTE, WATER, Land, _links, speckle
+from rs_mtl.worlds.noise import fractal, points
 
 PRIOR = np.array([.3464, .0470, .0585, .1428, .3785, .0096, .0172])  # published for WHU-OPT-SAR
 

@@ -16,7 +16,7 @@ pytest.importorskip('leafmap', reason="the extra 'maps' is not installed")
 pytest.importorskip('rasterio')
 from rasterio.transform import from_origin
 
-from rs_mtl.data.scene import write_raster
+from rs_mtl.data.rasters import write_raster
 
 BROWSER = next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
 FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rs_mtl.core import ConfigError
-from rs_mtl.data.noise import cells, fractal, fractal_at, level, points, ridged, share, sites, uniform, white
+from rs_mtl.worlds.noise import cells, fractal, fractal_at, level, points, ridged, share, sites, uniform, white
 
 quick = settings(max_examples=25, deadline=None)
 place = st.tuples(st.integers(-10**7, 10**7), st.integers(-10**7, 10**7))

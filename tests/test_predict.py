@@ -18,7 +18,8 @@ from rasterio.transform import from_origin
 
 from rs_mtl.apply.predict import blend_weights, fold_batch_norm, predict_scene, tile_starts
 from rs_mtl.core import DataError
-from rs_mtl.data.scene import Scene, write_raster
+from rs_mtl.data.rasters import write_raster
+from rs_mtl.data.scene import Scene
 
 PLACE = {'crs': 'EPSG:32632', 'transform': from_origin(500_000, 5_300_000, .5, .5)}
 

@@ -11,7 +11,7 @@ from rasterio.transform import from_origin
 
 from rs_mtl.apply.report import unpacked, write_report
 from rs_mtl.core import DatasetNotFoundError, write_json
-from rs_mtl.data.scene import write_raster
+from rs_mtl.data.rasters import write_raster
 
 BROWSER = next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
 FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']

@@ -15,7 +15,9 @@ rasterio = pytest.importorskip('rasterio')
 from affine import Affine
 
 from rs_mtl.core import AlignmentError, BandError, ConfigError, DataError, LabelError, NodataError, RsMtlError
-from rs_mtl.data.scene import Scene, write_raster, write_sample
+from rs_mtl.data.rasters import write_raster
+from rs_mtl.data.samples import write_sample
+from rs_mtl.data.scene import Scene
 
 CORNER = Affine(.5, 0, 500_000, 0, -.5, 5_300_000)
 PLACE = {'crs': 'EPSG:32632', 'transform': CORNER}
