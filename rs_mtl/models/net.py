@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import BandError, ConfigError, DataError, valid_key
+from ..core import IGNORE, BandError, ConfigError, DataError, valid_key
 from ..layers.decoder import HEADS
 from ..layers.encoder import Normalise
 
@@ -37,7 +37,7 @@ class MultiTaskNet(nn.Module):
         if bands < 0 or sar_bands < 0 or bands + sar_bands == 0: raise ConfigError(f'bands={bands}, sar_bands={sar_bands}', 'at least one band of one sensor')
         unknown = [t for t in tasks if t not in HEADS.names()]
         if unknown or not tasks: raise ConfigError(f'tasks {tuple(tasks)}', f'one or more of {", ".join(HEADS.names())}', 'a new task needs a head: see the decoder notebook')
-        if 'mask' in tasks and classes < 2: raise ConfigError(f'classes={classes}', 'at least 2')
+        if 'mask' in tasks and not 2 <= classes <= IGNORE: raise ConfigError(f'classes={classes}', f'2 to {IGNORE}, since {IGNORE} means ignore and cannot be a class', 'pass classes=len(data.classes)')
         if 'clear' in tasks and not bands: raise ConfigError("the task 'clear' without optical bands", 'bands > 0', 'the clear image is a residual on the cloudy one')
         self.normalise = nn.ModuleDict({k: Normalise(n) for k, n in (('image', bands), ('sar', sar_bands)) if n})
         self.inputs, self.tasks = tuple(self.normalise), tuple(tasks)
@@ -51,14 +51,26 @@ class MultiTaskNet(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         streams = {k: self._stream(k, batch) for k in self.inputs}
-        height, width = batch[self.inputs[0]].shape[-2:]
-        return {k: m[..., :height, :width] for k, m in self.maps(streams).items()}
+        height, width = self._size(batch)
+        try: return {k: m[..., :height, :width] for k, m in self.maps(streams).items()}
+        except ValueError as e:  # PyTorch's own words name neither the layer nor the way out
+            if 'more than 1 value per channel' not in str(e): raise
+            raise ConfigError(f'one item of {height}x{width} pixels to train on, of which a batch norm sees a single value per channel', 'at least two values to take a mean and a spread of',
+                              "use batch_size >= 2 or larger windows, build the net with norm='group', or call net.eval() if nothing is trained") from e
+
+    def _size(self, batch: dict[str, Tensor]) -> tuple[int, int]:
+        "Rows and columns of the batch, the same in all streams."
+        shapes = {k: (batch[k].shape[0], *batch[k].shape[-2:]) for k in self.inputs}
+        first = shapes[self.inputs[0]]
+        if len(set(shapes.values())) > 1: raise DataError('the streams differ: ' + ', '.join(f'{k} with {n} items of {h}x{w}' for k, (n, h, w) in shapes.items()), 'the same items and pixels in each', 'read them as one scene')
+        return first[1], first[2]
 
     def _stream(self, layer: str, batch: dict[str, Tensor]) -> Tensor:
         "One input layer, checked, normalised and padded."
         if layer not in batch: raise DataError(f'the batch has no {layer!r}, only {sorted(batch)}', f'{" and ".join(self.inputs)}, as the net was built', 'add that layer, or build a net without it')
         x, norm = batch[layer], self.normalise[layer]
         if x.ndim != 4: raise DataError(f'{layer} of shape {tuple(x.shape)}', '(B, bands, H, W)', 'one sample alone needs x[None]')
+        if 0 in x.shape: raise DataError(f'{layer} of shape {tuple(x.shape)} is empty', 'at least one item, band and pixel', 'leave the empty batch out, or build a net without that sensor')
         if x.shape[1] != len(norm.mean):  # type: ignore[arg-type]
             names = self.meta.get('bands' if layer == 'image' else 'sar_bands', [])
             raise BandError(f'{layer} with {x.shape[1]} bands', f'{len(norm.mean)}{" (" + ", ".join(names) + ")" if names else ""}, as this net was built for', 'select the bands in that order, or train a net for yours')  # type: ignore[arg-type]
