@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from ..core import IGNORE, ConfigError, DataError, LabelError, NodataError, _closest, progress, valid_key
-from .grid import Layer, _check_pair, _common, _crs_name, _pixel, read_layer
+from .grid import Layer, Source, _check_pair, _common, _crs_name, _pixel, read_layer
 from .rasters import _quiet, _unreadable
 
 # %% ../../nbs/data/22_scene.ipynb #28770ef8
 class Scene:
     "Several rasters of one place on one grid, read in windows as samples."
     def __init__(self,
-                 layers: Mapping[str, str | Path],              # layer -> raster: {'image': 'a.tif', 'height': 'h.tif'}
+                 layers: Mapping[str, str | Path | Source | Sequence[str | Path]],  # layer -> raster, or how to read it: {'image': 'a.tif', 'height': Source('h.tif', nodata=-1)}
                  assume_crs: Any = None,                        # the CRS of rasters that declare none
                  crop_to_common: bool = False,                  # keep what all layers cover, where their extents differ by whole pixels
                  scales: Mapping[str, float] | None = None,     # layer -> physical value per stored number, against the file's word
@@ -124,10 +124,10 @@ def _check_window(what: str, start: int, size: int, n: int, edge: str, scene: Sc
 def _read(src: Any, layer: Layer, rows: tuple[int, int], cols: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     "Stored numbers (bands, h, w) -> physical values, and where they are valid (h, w)."
     from rasterio.errors import RasterioError
-    window, index = tuple((int(a), int(b)) for a, b in (rows, cols)), list(layer.indexes)
+    window, index = tuple((int(a), int(b)) for a, b in (rows, cols)), list(layer.parts[0].index)
     try:
         raw = src.read(index, window=window)
-        valid = (src.read_masks(index, window=window) > 0).all(0) if layer.masked else np.ones(raw.shape[1:], bool)
+        valid = (src.read_masks(index, window=window) > 0).all(0) if layer.parts[0].masked else np.ones(raw.shape[1:], bool)
     except (RasterioError, OSError) as e:
         raise DataError(f'{layer.path!r} cannot be read at rows {window[0]}, columns {window[1]}: {e}', 'a complete file', 'fetch it again; `Scene.verify(full=True)` tests every block') from e
     for band, none in zip(raw, layer.nodata): valid &= _is_data(band, none)
@@ -180,6 +180,6 @@ def _verify(src: Any, layer: Layer, full: bool) -> None:
     for w in progress(windows, f'verify {layer.name}', leave=False):
         _read(src, layer, (w.row_off, w.row_off + w.height), (w.col_off, w.col_off + w.width))
         i, j = w.row_off//src.block_shapes[0][0], w.col_off//src.block_shapes[0][1]
-        if src.driver == 'GTiff' and layer.nodata[0] is None and not layer.masked and src.get_tag_item(f'BLOCK_OFFSET_{j}_{i}', 'TIFF', bidx=1) is None:
+        if src.driver == 'GTiff' and layer.nodata[0] is None and not layer.parts[0].masked and src.get_tag_item(f'BLOCK_OFFSET_{j}_{i}', 'TIFF', bidx=1) is None:
             raise DataError(f'{layer.path!r} has a block at row {w.row_off}, column {w.col_off} that was never written and would read as zeros', 'a file whose writer finished',
                             'write it again, or declare a nodata value if the gap is meant')
