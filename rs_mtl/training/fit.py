@@ -308,12 +308,17 @@ def _row(run: Run, lr: float, items: int, seconds: float, result: Any) -> dict[s
     return row | {'seconds': round(seconds, 3), 'items_per_second': round(items/max(seconds, 1e-9), 2)}
 
 # %% ../../nbs/training/64_fit.ipynb #4e21e816
+def _tell_epoch(data: Any, epoch: int) -> None:
+    "Where a data set has other items in each epoch, say which epoch begins."
+    if hasattr(data, 'set_epoch'): data.set_epoch(epoch)
+
 def _run(run: Run, learner: Learner, keeper: Keeper, batches: Batches, train: Any, val: Any, stop: Stop) -> None:
     "Epoch after epoch: learn, validate, keep."
     ways, main = learner.ways, learner.acc.is_main_process
     with open_loader(train, batches, ways.workers, len(getattr(train, 'classes', ())), ways.device.type == 'cuda') as loader, _bar(main, None, 'training', total=run.steps, initial=run.step) as bar:
         while run.step < run.steps and not run.stopped:
             batches.epoch, batches.start, before = run.epoch, run.done, run.done
+            _tell_epoch(train, run.epoch)
             seconds = _epoch(run, learner, keeper, read(loader), bar, stop)
             run.seconds += seconds
             if run.stopped and run.done < len(batches): break  # in the middle of an epoch
@@ -382,6 +387,7 @@ def fit(net: nn.Module,                    # maps a batch dictionary to a dictio
     "Train a net; the folder `out` holds the best net and everything to go on from."
     opt = {k: v for k, v in locals().items() if k not in ('net', 'train', 'val', 'objective')}
     objective = objective or Objective(_tasks(net))
+    _tell_epoch(train, 0)  # whatever it was used for before
     _check_options(net, train, val, objective, opt)
     _introduce(net, train)
     acc = make_accelerator(device, precision)
