@@ -160,6 +160,7 @@ def _closest(name: str, known: Iterable[str]) -> str:
 
 # %% ../nbs/00_core.ipynb #f5310ddc
 MODELS = Registry('model', {
+    'ctme': 'rs_mtl.models.ctme:CTME',
     'plain': 'rs_mtl.models.plain:Plain',
 })
 

@@ -19,10 +19,11 @@ from ..core import ConfigError, RsMtlError, _closest, list_models
 EXAMPLES = {
     'train': ('rs-mtl train plain --data city --out runs/mine', 'rs-mtl train plain --data land --tasks mask --inputs image,sar --epochs 5 --out runs/land', 'rs-mtl train plain --out runs/mine --resume'),
     'evaluate': ('rs-mtl evaluate runs/mine', 'rs-mtl evaluate runs/mine --seed 7 --n 100'),
+    'ablate': ('rs-mtl ablate ctme --out runs/ablate-ctme', "rs-mtl ablate ctme --only 'hard-shared;full' --seeds 1"),
     'predict': ('rs-mtl predict runs/mine', 'rs-mtl predict runs/mine --image scene.tif --out maps'),
     'report': ('rs-mtl report runs/mine',),
 }
-ABOUT = {'train': 'train a net and score it', 'evaluate': 'score a trained net', 'predict': 'map a whole scene', 'report': 'write a page about a run', 'list': 'what there is to choose from'}
+ABOUT = {'train': 'train a net and score it', 'ablate': 'train all variants of a model, to see what each idea is worth', 'evaluate': 'score a trained net', 'predict': 'map a whole scene', 'report': 'write a page about a run', 'list': 'what there is to choose from'}
 
 class Parser(argparse.ArgumentParser):
     "argparse, with a hint at what was meant."
