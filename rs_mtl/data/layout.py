@@ -83,7 +83,7 @@ class Table:
     use: tuple[str, ...] = ()                        # layers that are opened unless told otherwise; empty: all
     variants: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)  # name -> layer -> what is different
     shared_grid: bool = False                        # all layers have the same pixels, whatever their files say about where they lie
-    crop_to_common: bool = False                     # some files are a row or a column short; keep what all layers cover
+    short: int = 0                                   # rows or columns by which some files are short; what all layers cover is kept
     size: tuple[int, int] | None = None              # rows and columns of every place, where all are alike
     crop: int = 512                                  # pixels of a window, unless told otherwise
     gsd: float | None = None                         # metres per pixel; None: what the files say
@@ -228,8 +228,9 @@ def _holds(table: Table, folder: Path, layers: Sequence[str]) -> bool:
 
 def _not_found(table: Table, root: Path, layers: Sequence[str]) -> DatasetNotFoundError:
     "What was expected, what is there instead, and where the right folder may be."
+    root = root.absolute()
     what = f"{table.name} is not in '{root}': " + ('there is no such folder' if not root.exists() else 'that is a file' if not root.is_dir() else _content(root))
-    near = [p for p in ([root.parent] + sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))[:100] if root.is_dir() else [root.parent] if root.parent.is_dir() else []) if _holds(table, p, layers)]
+    near = [p for p in ([root.parent] + sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))[:100] if root.is_dir() else [root.parent] if root.parent.is_dir() else []) if _holds(table, p, layers[:1])]
     todo = f"use root='{near[0]}', where it begins" if near else table.home and f'get it from {table.home}, unpack it there, and pass the folder as root'
     return DatasetNotFoundError(what, tree(table, layers), todo or 'pass the folder that holds this as root')
 
@@ -254,10 +255,10 @@ def pick_layers(table: Table, layers: Sequence[str] | None = None) -> tuple[str,
     return tuple(n for n in table.layers if n in wanted)
 
 def _find(table: Table, root: str | Path, layers: Sequence[str]) -> dict[str, dict[str, Any]]: # layer -> place -> file
-    "What there is of each layer; an error where there is nothing at all."
+    "What there is of each layer; an error where there is nothing of the first."
     if not str(root): raise ConfigError(f'{table.name} is read from disk, and no folder was named', "root='…', the folder that holds\n" + tree(table, layers))
     found = {n: _find_layer(table, n, str(root)) for n in layers}
-    if not any(found.values()): raise _not_found(table, Path(root), layers)
+    if not found[layers[0]]: raise _not_found(table, Path(root), layers)
     return found
 
 def _complete(table: Table, root: str | Path, found: Mapping[str, Mapping[str, Any]], places: Sequence[str], partial: bool = False) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core import IGNORE, ConfigError, DataError, _closest, progress
+from ..core import IGNORE, AlignmentError, ConfigError, DataError, _closest, progress
 from .grid import Source
 from .layout import LayerTable, Table, _complete, _find, _natural, find_places as find_places, pick_layers
 from .splits import Shuffled as Shuffled, split_places
@@ -29,7 +29,7 @@ class Place:
         self.table, self.name, self.files = table, name, dict(files)
         self.classes, self.palette = table.classes, table.palette
         self.step = int(np.lcm.reduce([r[1]//math.gcd(*r) for n in files for r in [table.layers[n].ratio]]))
-        self._shape = table.size if table.size and not table.crop_to_common else None
+        self._shape = table.size if table.size and not table.short else None
         self._sources: dict[str, Source] | None = None
 
     def __repr__(self) -> str: return f'{self.table.name} {self.name}'
@@ -79,9 +79,12 @@ def _open_scene(p: Place) -> Any:
     "The scene of a place, which is as the table says, or an error."
     from rs_mtl.data.scene import Scene
     more: dict[str, Any] = {'shared_grid': True} if p.table.shared_grid else {}
-    scene = Scene(p.sources, crop_to_common=p.table.crop_to_common, **more)
-    if p.table.size and not p.table.crop_to_common and tuple(scene.shape) != tuple(p.table.size):
-        raise DataError(f'{p!r} has {scene.shape[0]}x{scene.shape[1]} pixels', f'{p.table.size[0]}x{p.table.size[1]}, as every place of {p.table.name}', 'is the file complete? If your copy was cut otherwise, pass table.changed(size=None)')
+    scene, t = Scene(p.sources, crop_to_common=p.table.short > 0, **more), p.table
+    if t.size and not t.short and tuple(scene.shape) != tuple(t.size):
+        raise DataError(f'{p!r} has {scene.shape[0]}x{scene.shape[1]} pixels', f'{t.size[0]}x{t.size[1]}, as every place of {t.name}', 'is the file complete? If your copy was cut otherwise, pass table.changed(size=None)')
+    for name, layer in scene.layers.items():
+        more_than = max(n - m for n, m in zip(layer.shape, scene.shape)) if t.layers[name].ratio == (1, 1) else 0
+        if more_than > t.short > 0: raise AlignmentError(f'{p!r}: {name} {layer.path!r} has {layer.shape[0]}x{layer.shape[1]} pixels, and all layers together cover {scene.shape[0]}x{scene.shape[1]}', f'files that differ by {t.short} at most', 'is one of them cut? If your copy is as it should be, pass table.changed(short=…)')
     return scene
 
 # %% ../../nbs/data/26_tables.ipynb #bcbd878a
@@ -146,7 +149,13 @@ def _look(table: Table, places: Sequence[Place]) -> None:
         bare = Place(plain, p.name, p.files)
         h, w = (min(n, 256)//bare.step*bare.step for n in bare.shape)
         row, col = ((n - k)//2//bare.step*bare.step for n, k in zip(bare.shape, (h, w)))
-        bare.read(row, col, h, w)
+        _twins(bare, bare.read(row, col, h, w))
+
+def _twins(p: Place, sample: Mapping[str, Any]) -> None:
+    "A cloudy picture that is the clear one, byte for byte, was filed wrongly."
+    a, b = sample.get('image'), sample.get('clear')
+    if a is not None and b is not None and a.shape == b.shape and bool((a == b).all()) and bool((a != 0).any()):
+        warnings.warn(f"{p!r}: image {p.files['image']!r} and clear {p.files['clear']!r} hold the same pixels; one of them may be a copy of the other", stacklevel=5)
 
 def _known_faults(table: Table, names: Sequence[str], layers: Sequence[str], faulty: str) -> list[str]:
     "The places without those that the table warns of."
