@@ -23,7 +23,7 @@ from .splits import Shuffled as Shuffled, split_places
 # %% ../../nbs/data/26_tables.ipynb #d6b32863
 class Place:
     "A scene of a table, opened when it is read."
-    open_at_once = 48  # scenes that one thread holds open
+    kept = 512  # scenes whose headers one thread remembers
 
     def __init__(self, table: Table, name: str, files: Mapping[str, str | tuple[str, ...]]):
         self.table, self.name, self.files = table, name, dict(files)
@@ -65,7 +65,7 @@ class Place:
         kept: OrderedDict[Place, Any] = _KEPT.__dict__.setdefault('scenes', OrderedDict())
         if self not in kept:
             kept[self] = _open_scene(self)
-            if len(kept) > self.open_at_once: kept.popitem(last=False)[1].close()
+            if len(kept) > self.kept: kept.popitem(last=False)
         kept.move_to_end(self)
         return kept[self]
 
@@ -78,13 +78,29 @@ _KEPT = threading.local()
 def _open_scene(p: Place) -> Any:
     "The scene of a place, which is as the table says, or an error."
     from rs_mtl.data.scene import Scene
-    more: dict[str, Any] = {'shared_grid': True} if p.table.shared_grid else {}
-    scene, t = Scene(p.sources, crop_to_common=p.table.short > 0, **more), p.table
+    t = p.table
+    known: dict[str, Any] = {'classes': t.classes, 'palette': t.palette} if 'mask' in p.files else {}
+    scene = _on_shared_grid(p.sources, t.short > 0, **known) if t.shared_grid else Scene(p.sources, crop_to_common=t.short > 0, **known)
     if t.size and not t.short and tuple(scene.shape) != tuple(t.size):
         raise DataError(f'{p!r} has {scene.shape[0]}x{scene.shape[1]} pixels', f'{t.size[0]}x{t.size[1]}, as every place of {t.name}', 'is the file complete? If your copy was cut otherwise, pass table.changed(size=None)')
     for name, layer in scene.layers.items():
-        more_than = max(n - m for n, m in zip(layer.shape, scene.shape)) if t.layers[name].ratio == (1, 1) else 0
-        if more_than > t.short > 0: raise AlignmentError(f'{p!r}: {name} {layer.path!r} has {layer.shape[0]}x{layer.shape[1]} pixels, and all layers together cover {scene.shape[0]}x{scene.shape[1]}', f'files that differ by {t.short} at most', 'is one of them cut? If your copy is as it should be, pass table.changed(short=…)')
+        over = max(n - m for n, m in zip(layer.shape, scene.shape)) if t.layers[name].ratio == (1, 1) else 0
+        if over > t.short > 0: raise AlignmentError(f'{p!r}: {name} {layer.path!r} has {layer.shape[0]}x{layer.shape[1]} pixels, and all layers together cover {scene.shape[0]}x{scene.shape[1]}', f'files that differ by {t.short} at most', 'is one of them cut? If your copy is as it should be, pass table.changed(short=…)')
+    return scene
+
+def _on_shared_grid(sources: Mapping[str, Source], crop: bool, classes: Sequence[str] = (), palette: Sequence[Sequence[int]] = ()) -> Any:
+    "A scene whose layers begin at the same corner, where its first layer says."
+    from rs_mtl.data.grid import read_layer
+    from rs_mtl.data.scene import Scene, _compared, _first, check_order
+    heads = {n: read_layer(n, s) for n, s in sources.items()}
+    first = _first(heads, False)
+    bare = {n: replace(l, crs=None, transform=type(l.transform).identity()) for n, l in heads.items()}
+    scene = Scene.__new__(Scene)
+    scene.layers, grid = _compared(bare, _first(bare, False), crop)
+    scene.crs, scene.transform, scene.shape = first.crs, first.transform, grid.shape
+    scene.step = int(np.lcm.reduce([l.source.ratio[1]//math.gcd(*l.source.ratio) for l in heads.values()]))
+    scene._name_classes(classes, palette)
+    for layer in scene.layers.values(): check_order(layer)
     return scene
 
 # %% ../../nbs/data/26_tables.ipynb #bcbd878a
