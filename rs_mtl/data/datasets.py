@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VAIHINGEN', 'POTSDAM', 'WHU_OPT_SAR', 'EERDS', 'M3MCR', 'S2_BANDS', 'LUOJIASET', 'SEN12MSCR', 'TABLES', 'SPLITS',
            'DATASETS', 'find_offset', 'get_table', 'list_tables', 'world_seed', 'open_city', 'open_land', 'list_data',
-           'open_data', 'open_dataset', 'Kept']
+           'open_data', 'open_dataset', 'run_options', 'Kept', 'kept']
 
 # %% ../../nbs/data/27_datasets.ipynb #dd8f5e6f
 import inspect, warnings
@@ -232,6 +232,19 @@ def open_dataset(name: str | Table,        # one of `list_data()`, or a table
     "Open a split of a data set by name or by table."
     return open_data(name, split, size=crop, root=root, **kwargs)
 
+# %% ../../nbs/data/27_datasets.ipynb #64dbac78
+def run_options(name: str,                  # one of `list_data()`
+                root: str | Path,           # where it lies
+                inputs: Sequence[str],      # layers that a net sees
+                tasks: Sequence[str] = ()   # maps that it learns; empty: mask and height, where there are any
+               ) -> dict[str, Any]:         # what else to pass to `open_data`
+    "How a run opens its data; an error if they are not there."
+    from rs_mtl.data.layout import _find, pick_layers
+    if name not in TABLES: return {}
+    layers = pick_layers(TABLES[name], [*inputs, *(tasks or [t for t in ('mask', 'height') if t in TABLES[name].layers])])
+    _find(TABLES[name], root, layers)
+    return {'root': root, 'layers': layers, 'one_grid': True}
+
 # %% ../../nbs/data/27_datasets.ipynb #984f5361
 class Kept:
     "A data set that keeps its samples in memory once they were read."
@@ -253,3 +266,7 @@ class Kept:
         "Classes, bands and so on are those of the data set."
         if name.startswith('__') or name in ('data', 'samples'): raise AttributeError(name)
         return getattr(self.data, name)
+
+def kept(data: Any, layers: Sequence[str] | None = None) -> Any:
+    "The same data, in memory where that makes sense."
+    return data if hasattr(data, 'set_epoch') else Kept(data, layers)
