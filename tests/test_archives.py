@@ -278,6 +278,12 @@ def test_a_tar_that_ends_in_a_zip_is_a_tar(tmp_path):
     assert content(tmp_path/'set') == {'sets/part.zip': inner}
 
 
+def test_a_zip_member_without_a_name_is_refused(tmp_path):
+    data = bytearray(zip_of(('\1', b'')))
+    for start in (data.index(b'PK\x03\x04') + 30, data.index(b'PK\x01\x02') + 46): data[start] = 0    # its name ends before it begins
+    refused(tmp_path, bytes(data), 'control characters')
+
+
 # -- fault 26: md5 ------------------------------------------------------------------------------------------------------------------------
 
 def test_fault_26_another_md5_is_an_error_before_anything_is_opened(tmp_path):

@@ -74,12 +74,13 @@ class Zip:
             yield self._member(info)
 
     def _member(self, info: zipfile.ZipInfo) -> Member:
-        where, form = f"'{self.path}': the member {info.orig_filename!r}", stat.S_IFMT(info.external_attr >> 16)
+        where, name, form = f"'{self.path}': the member {info.orig_filename!r}", inside(info.orig_filename, self.path), stat.S_IFMT(info.external_attr >> 16)
         if info.flag_bits & 0x2041: raise DataError(f'{where} is encrypted', 'a zip without a password', ELSEWHERE)
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA): raise DataError(f'{where} is compressed by method {info.compress_type}', 'stored, deflate, bzip2 or lzma', ELSEWHERE)
         if form not in (0, stat.S_IFREG, stat.S_IFDIR): raise DataError(f'{where} is a link or a device', 'files and folders', ELSEWHERE)
-        if info.is_dir() and info.file_size: raise DataError(f'{where} is a folder that holds bytes', 'files and folders', 'download it again')
-        return Member(inside(info.orig_filename, self.path), info.file_size, 'folder' if info.is_dir() else 'file', entry=info)
+        folder = info.orig_filename.endswith('/')
+        if folder and info.file_size: raise DataError(f'{where} is a folder that holds bytes', 'files and folders', 'download it again')
+        return Member(name, info.file_size, 'folder' if folder else 'file', entry=info)
 
 # %% ../../nbs/data/29_archives.ipynb #eac13304
 class _Tap:
