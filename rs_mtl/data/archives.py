@@ -220,10 +220,9 @@ def _write_file(archive: Zip | Tar, member: Member, path: Path, bar: Any) -> Non
             with _torn(archive.path): piece = source.read(1 << 20)
             if not piece: break
             written += len(piece)
-            if written > member.size: break
             out.write(piece)
             bar.update(len(piece))
-    if written != member.size: raise DataError(f"'{archive.path}': the member {member.name!r} has {'more' if written > member.size else 'fewer'} bytes than its {member.size:,}", 'as many as it says', 'download it again')
+    if written != member.size: raise DataError(f"'{archive.path}': the member {member.name!r} has {written:,} bytes", f'{member.size:,}, as it says', 'download it again')
 
 def _new(path: Path) -> IO[bytes]:
     "A file that was not there."
