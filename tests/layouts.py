@@ -142,7 +142,7 @@ def sentinel2(rng: np.random.Generator, offset: int = 0) -> np.ndarray:
     return (out + offset).astype('uint16')
 
 
-def luojiaset(root: Path, places: Sequence[str] = ('0-20%/01_p4', '0-20%/02_p1', '20%-40%/05_p3', '80%-100%/10_p23'), offset: int = 1000) -> Path:
+def luojiaset(root: Path, places: Sequence[str] = ('0-20%/01_p4', '0-20%/02_p1', '20%-40%/05_p3', '40%-60%/08_p2', '80%-100%/10_p23'), offset: int = 1000) -> Path:
     "13 bands with 1000 too much, radar whose corner lies some metres off, labels 0..6, a cloud mask in floats."
     rng = np.random.default_rng(6)
     for i, place in enumerate(places):

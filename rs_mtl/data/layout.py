@@ -182,9 +182,9 @@ def _walk(folder: str, parts: Sequence[str], known: dict[str, str], table: Table
         elif e.is_file(): yield found, e.path
 
 # %% ../../nbs/data/26_layout.ipynb #c0ba2b5d
-def _find_layer(table: Table, layer: str, root: str) -> dict[str, str | tuple[str, ...]]: # place -> file, or files to stack
+def _find_layer(table: Table, layer: str, root: str) -> dict[str, str | tuple[str, ...] | None]: # place -> file, or files to stack; None where some of them are missing
     "The files of one layer."
-    out: dict[str, str | tuple[str, ...]] = {}
+    out: dict[str, str | tuple[str, ...] | None] = {}
     for patterns in table.layers[layer].patterns:
         stack: list[dict[str, str]] = []
         for pattern in patterns:
@@ -193,7 +193,9 @@ def _find_layer(table: Table, layer: str, root: str) -> dict[str, str | tuple[st
                 place = _filled(table.place, known)
                 if files.setdefault(place, path) != path: raise DataError(f"two files are the {layer} of {place}: '{files[place]}' and '{path}'", 'one', f'remove one of them; both fit {pattern!r}')
             stack.append(files)
-        for place in set.intersection(*map(set, stack)): out.setdefault(place, stack[0][place] if len(stack) == 1 else tuple(s[place] for s in stack))
+        for place in set().union(*stack):
+            whole = all(place in s for s in stack)
+            if out.get(place) is None: out[place] = (stack[0][place] if len(stack) == 1 else tuple(s[place] for s in stack)) if whole else None
     return out
 
 def _known(table: Table, place: str) -> dict[str, str] | None:
@@ -244,7 +246,8 @@ def _incomplete(table: Table, root: Path, gaps: Sequence[tuple[str, str]], count
     lost = list(dict.fromkeys(n for n, _ in gaps))
     rest = [n for n in table.layers if n not in lost]
     homes = [f'the {n} comes from {table.layers[n].home}' for n in lost if table.layers[n].home]
-    return DataError(f"{table.name} in '{root}' lacks {len(gaps)} file{'s'*(len(gaps) > 1)}, for {len({p for _, p in gaps})} of {count} places: " + ', '.join(f'{expected_path(table, n, p)} ({n})' for n, p in gaps[:5]) + (', …' if len(gaps) > 5 else ''),
+    said = list(dict.fromkeys(f'{expected_path(table, n, p)} ({n})' if _known(table, p) else f'all of {p}' for n, p in gaps))
+    return DataError(f"{table.name} in '{root}' lacks {len(gaps)} file{'s'*(len(gaps) > 1)}, of {len({p for _, p in gaps})} among {count} places: " + ', '.join(said[:5]) + (', …' if len(said) > 5 else ''),
                      'every layer of every place', '; '.join([*homes, 'add them' + (f', or leave the layer out with layers={tuple(rest)}' if rest else '') + ', or open what is complete with partial=True']))
 
 # %% ../../nbs/data/26_layout.ipynb #984e7369
@@ -263,10 +266,10 @@ def _find(table: Table, root: str | Path, layers: Sequence[str]) -> dict[str, di
 
 def _complete(table: Table, root: str | Path, found: Mapping[str, Mapping[str, Any]], places: Sequence[str], partial: bool = False) -> dict[str, dict[str, Any]]:
     "All files of these places; an error, or with `partial` a warning, where some are missing."
-    gaps = [(n, p) for p in places for n in found if p not in found[n]]
+    gaps = [(n, p) for p in places for n in found if found[n].get(p) is None]
     lost = {p for _, p in gaps}
     if gaps and (not partial or len(lost) == len(places)): raise _incomplete(table, Path(root), gaps, len(places))
-    if gaps: warnings.warn(f'{table.name}: {len(lost)} of {len(places)} places are left out, since files are missing, for example {expected_path(table, *gaps[0])}', stacklevel=3)
+    if gaps: warnings.warn(f'{table.name}: {len(lost)} of {len(places)} places are left out, since files are missing, for example {gaps[0][0]} of {gaps[0][1]}', stacklevel=3)
     return {p: {n: found[n][p] for n in found} for p in places if p not in lost}
 
 def find_places(table: Table,                          # what to look for

@@ -80,28 +80,32 @@ def _open_scene(p: Place) -> Any:
     from rs_mtl.data.scene import Scene
     t = p.table
     known: dict[str, Any] = {'classes': t.classes, 'palette': t.palette} if 'mask' in p.files else {}
-    scene = _on_shared_grid(p.sources, t.short > 0, **known) if t.shared_grid else Scene(p.sources, crop_to_common=t.short > 0, **known)
+    scene = _on_shared_grid(p, known) if t.shared_grid else Scene(p.sources, crop_to_common=t.short > 0, **known)
+    if not t.shared_grid: _check_short(p, {n: l.shape for n, l in scene.layers.items() if l.source.ratio == (1, 1)}, scene.shape)
     if t.size and not t.short and tuple(scene.shape) != tuple(t.size):
         raise DataError(f'{p!r} has {scene.shape[0]}x{scene.shape[1]} pixels', f'{t.size[0]}x{t.size[1]}, as every place of {t.name}', 'is the file complete? If your copy was cut otherwise, pass table.changed(size=None)')
-    for name, layer in scene.layers.items():
-        over = max(n - m for n, m in zip(layer.shape, scene.shape)) if t.layers[name].ratio == (1, 1) else 0
-        if over > t.short > 0: raise AlignmentError(f'{p!r}: {name} {layer.path!r} has {layer.shape[0]}x{layer.shape[1]} pixels, and all layers together cover {scene.shape[0]}x{scene.shape[1]}', f'files that differ by {t.short} at most', 'is one of them cut? If your copy is as it should be, pass table.changed(short=…)')
     return scene
 
-def _on_shared_grid(sources: Mapping[str, Source], crop: bool, classes: Sequence[str] = (), palette: Sequence[Sequence[int]] = ()) -> Any:
-    "A scene whose layers begin at the same corner, where its first layer says."
-    from rs_mtl.data.grid import read_layer
-    from rs_mtl.data.scene import Scene, _compared, _first, check_order
-    heads = {n: read_layer(n, s) for n, s in sources.items()}
-    first = _first(heads, False)
-    bare = {n: replace(l, crs=None, transform=type(l.transform).identity()) for n, l in heads.items()}
-    scene = Scene.__new__(Scene)
-    scene.layers, grid = _compared(bare, _first(bare, False), crop)
-    scene.crs, scene.transform, scene.shape = first.crs, first.transform, grid.shape
-    scene.step = int(np.lcm.reduce([l.source.ratio[1]//math.gcd(*l.source.ratio) for l in heads.values()]))
-    scene._name_classes(classes, palette)
-    for layer in scene.layers.values(): check_order(layer)
+def _on_shared_grid(p: Place, known: Mapping[str, Any]) -> Any:
+    "A scene whose layers begin at the same corner, which lies where its first layer says."
+    from rs_mtl.data.scene import Scene
+    alone = {n: Scene({n: replace(s, ratio=(1, 1))}, **(known if n == 'mask' else {})) for n, s in p.sources.items()}
+    covers = {n: tuple(k*b//a for k in alone[n].shape) for n, (a, b) in ((n, s.ratio) for n, s in p.sources.items())}  # in pixels of the scene
+    rows, cols = (min(c[i] for c in covers.values())//p.step*p.step for i in (0, 1))
+    _check_short(p, covers, (rows, cols))
+    scene = next((alone[n] for n, s in p.sources.items() if s.ratio == (1, 1)), None)
+    if scene is None: raise ConfigError(f'{p!r} with only {", ".join(p.files)}', 'a layer whose pixels are those of the scene', 'ask for the image too, or pass table.changed with another ratio')
+    scene.layers = {n: replace(alone[n].layers[n], source=s) for n, s in p.sources.items()}
+    scene.shape, scene.step = (rows, cols), p.step
+    if 'mask' in alone: scene.classes, scene.palette = alone['mask'].classes, alone['mask'].palette
     return scene
+
+def _check_short(p: Place, covers: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]) -> None:
+    "Layers may differ in extent by what the table allows."
+    over = max((n - m for c in covers.values() for n, m in zip(c, shape)), default=0)
+    if over > p.table.short:
+        raise AlignmentError(f'the layers of {p!r} do not cover the same pixels: ' + ', '.join(f'{n} {c[0]}x{c[1]} ({p.files[n]!r})' for n, c in covers.items()), 'the same rows and columns' + (f', but for {p.table.short}' if p.table.short else ''),
+                             'is one of the files cut? If your copy is as it should be, pass table.changed(short=…)')
 
 # %% ../../nbs/data/26_tables.ipynb #bcbd878a
 class TableData:
