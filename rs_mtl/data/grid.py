@@ -10,6 +10,7 @@ import json, math, os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -134,30 +135,34 @@ def read_layer(name: str,                     # one of `LAYERS`
     if not isinstance(source, Source): source = Source(source)
     if scale is not None: source = replace(source, scale=scale)
     if nodata is not None: source = replace(source, nodata=nodata)
-    layers, first = [], 1
-    for path in source.paths:
-        layer, count = _read_part(name, source, path, first)
-        layers.append(layer)
-        first += count
-    if max(source.index, default=0) >= first:
-        raise BandError(f'{name} {source.path!r} has {first - 1} bands, and index={source.index} asks for band {max(source.index)}', f'numbers from 1 to {first - 1}', 'correct the index of the Source')
+    layers = [_read_part(name, source, path, index) for path, index in (_runs(name, source) if source.index else [(p, ()) for p in source.paths])]
     layer = _stacked(source, layers)
     _check_layer(layer)
     return layer
 
-def _read_part(name: str, source: Source, path: str, first: int) -> tuple[Layer, int]:
-    "One file as a layer of its own, and how many bands it has; `first` is the number that its first band has over all files."
+def _runs(name: str, source: Source) -> list[tuple[str, tuple[int, ...]]]:
+    "The bands that `index` asks for, counted over all files, as runs of (file, its bands)."
+    every: list[tuple[str, int]] = []
+    for path in source.paths:
+        with _opened(path) as src: every += [(path, i) for i in src.indexes]
+    if max(source.index) > len(every):
+        raise BandError(f'{name} {source.path!r} has {len(every)} bands, and index={source.index} asks for band {max(source.index)}', f'numbers from 1 to {len(every)}', 'correct the index of the Source')
+    return [(path, tuple(i for _, i in run)) for path, run in groupby((every[i - 1] for i in source.index), lambda pair: pair[0])]
+
+def _read_part(name: str, source: Source, path: str, index: tuple[int, ...]) -> Layer:
+    "One file as a layer of its own; without an index, all its bands but alpha."
     from rasterio.enums import ColorInterp, MaskFlags
     with _opened(path) as src:
-        alpha = [c == ColorInterp.alpha and (not d or 'alpha' in d.lower()) for c, d in zip(src.colorinterp, src.descriptions)]
-        index = tuple(i - first + 1 for i in source.index if 0 <= i - first < src.count) if source.index else tuple(i for i, a in zip(src.indexes, alpha) if not a)
-        band = next((i for i, a in zip(src.indexes, alpha) if a), 0)
-        masked = bool(index) and (bool(band) and band not in index or not band and MaskFlags.per_dataset in src.mask_flag_enums[index[0] - 1] and MaskFlags.alpha not in src.mask_flag_enums[index[0] - 1])
+        alphas = [i for i, c, d in zip(src.indexes, src.colorinterp, src.descriptions) if c == ColorInterp.alpha and (not d or 'alpha' in d.lower())]
+        index = index or tuple(i for i in src.indexes if i not in alphas)
+        if not index: raise BandError(f'{name} {path!r} has no band but alpha', 'at least one band', 'pass index= if the band is none')
+        flags = src.mask_flag_enums[index[0] - 1]
+        alpha = alphas[0] if alphas and alphas[0] not in index else 0
+        masked = bool(alpha) or MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
         pick = lambda values: tuple(values[i - 1] for i in index)
         words = tuple(d or (c.name if c.name in ('red', 'green', 'blue') and src.count > 2 else '') for d, c in zip(src.descriptions, src.colorinterp))
-        layer = Layer(name, source, (Part(path, index, masked, band if masked else 0, _stamp(path)),), src.shape, np.result_type(*(pick(src.dtypes) or ('uint8',))).name, src.crs, src.transform,
-                      pick(words), pick(src.scales), pick(src.offsets), pick(src.nodatavals), *(_legend(src, name) if source.codes is None and source.colours is None else ()))
-        return layer, src.count
+        return Layer(name, source, (Part(path, index, masked, alpha, _stamp(path)),), src.shape, np.result_type(*pick(src.dtypes)).name, src.crs, src.transform,
+                     pick(words), pick(src.scales), pick(src.offsets), pick(src.nodatavals), *(_legend(src, name) if source.codes is None and source.colours is None else ()))
 
 def _stamp(path: str) -> tuple[int, ...]:
     "What tells a file from a later one of the same name; nothing for what is no local file."
@@ -173,7 +178,6 @@ def _stacked(source: Source, layers: Sequence[Layer]) -> Layer:
         if other.shape != first.shape or _check_pair(first, other) != (0, 0):
             raise AlignmentError(f'{first.name} is stacked from {first.path!r} with {first.shape[0]}x{first.shape[1]} pixels and {other.path!r} with {other.shape[0]}x{other.shape[1]} or another corner',
                                  'files of one grid', 'resample them to one grid first, or leave the odd one out')
-    layers = [l for l in layers if l.parts[0].index]
     n = sum(len(l.parts[0].index) for l in layers)
     join = lambda field: tuple(v for l in layers for v in getattr(l, field))
     words = ('class',) if source.colours is not None else tuple(w or f'{first.name} {i + 1}' for i, w in enumerate(join('bands')))
@@ -202,7 +206,6 @@ def _check_layer(layer: Layer) -> None:
     "What can be known from the header alone."
     kind, name, source = np.dtype(layer.dtype).kind, f'{layer.name} {layer.source.path!r}', layer.source
     count = sum(len(p.index) for p in layer.parts)
-    if count == 0: raise BandError(f'{name} has no band but alpha', 'at least one band', 'pass index= if the band is none')
     for field, owner in (('codes', 'mask'), ('colours', 'mask'), ('power', 'sar'), ('floor_db', 'sar')):
         if getattr(source, field) not in (None, False) and layer.name != owner: raise ConfigError(f'{field} for {name}', f'a layer {owner!r}', 'give it to that layer')
     if source.colours is not None and (count != 3 or layer.dtype != 'uint8'):

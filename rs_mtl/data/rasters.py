@@ -6,7 +6,7 @@
 __all__ = ['FILES', 'create_raster', 'write_raster', 'Files']
 
 # %% ../../nbs/data/20_rasters.ipynb #fb9e65dd
-import json, math, os, threading
+import json, math, os, re, threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -104,7 +104,8 @@ def _unreadable(path: str | Path, e: Exception) -> DataError:
     "The error for a file that cannot be read, with what is known about it."
     local = Path(path)
     if '://' in str(path) or str(path).startswith('/vsi'):
-        why = str(e) + (' (a path inside an archive is given as text: a `Path` drops its double slash)' if isinstance(path, Path) else '')
+        why, archive = str(e), re.match(r'/vsi(zip|tar|gzip|7z)/[^/{]', str(path))
+        if archive: why += f' (an absolute path inside an archive has two slashes after /vsi{archive[1]}, and a `Path` drops one of them: give it as text)'
     elif not os.path.lexists(local): why = 'there is no such file'
     elif local.is_symlink() and not local.exists(): why = 'the link leads nowhere'
     elif local.is_dir(): why = 'it is a folder'

@@ -19,7 +19,7 @@ import torch
 from ..core import IGNORE, AlignmentError, ConfigError, DataError, _closest, progress, valid_key
 from .grid import Grid, Layer, Part, Source, _check_pair, _common, _crs_name, _pixel, read_layer
 from .rasters import FILES
-from .values import _warn, check_order, class_index, is_data, physical
+from .values import _warn, check_bands, class_index, is_data, physical
 from .warp import check_overlap, warped
 
 # %% ../../nbs/data/22_scene.ipynb #28770ef8
@@ -39,7 +39,7 @@ def _stored(layer: Layer, rows: tuple[int, int], cols: tuple[int, int]) -> tuple
     "The stored numbers of all files of a layer, and where they are data."
     both = [_part(layer, part, (rows, cols)) for part in layer.parts]
     raw = both[0][0] if len(both) == 1 else np.concatenate([r for r, _ in both])
-    valid = is_data(raw, layer.nodata)
+    valid = is_data(raw, layer.nodata, layer.dtype)
     for _, mask in both:
         if mask is not None: valid &= mask
     return raw, valid
@@ -86,7 +86,7 @@ class Scene:
         self.crs, self.transform, self.shape = grid.crs, grid.transform, grid.shape
         self.step = math.lcm(*(n//math.gcd(n, m) for m, n in (l.source.ratio for l in heads.values())))
         self._name_classes(classes, palette)
-        for layer in self.layers.values(): check_order(layer)
+        for layer in self.layers.values(): check_bands(layer)
 
     def __repr__(self) -> str:
         onto = [n for n, l in self.layers.items() if l.onto]
