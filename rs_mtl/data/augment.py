@@ -10,7 +10,7 @@ __all__ = ['TURNS', 'RANGES', 'LOOKS', 'AUGMENTS', 'STRONG', 'turn', 'then', 'un
 # %% ../../nbs/data/25_augment.ipynb #eaf17890
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Any
 
@@ -290,6 +290,10 @@ class Augment:
         if not 0 <= self.drop_band <= 1: raise ConfigError(f'drop_band={self.drop_band}', 'a share between 0 and 1')
         if self.size is not None and min(self.size if isinstance(self.size, tuple) else (self.size,)) < 1: raise ConfigError(f'size={self.size}', 'at least one pixel')
 
+    def __str__(self) -> str:
+        changed = [f'{f.name}={getattr(self, f.name)}' for f in fields(self) if getattr(self, f.name) != f.default and f.name != 'bands']
+        return f'augmented: {", ".join([f"turns={self.turns}", *(c for c in changed if not c.startswith("turns="))])}'
+
     def geometry(self, sample: Mapping[str, Any], seed: int | Sequence[int]) -> Geometry:
         "The geometry that `seed` draws for this sample, whatever the strength."
         return draw_geometry(_stream(seed, 0), *grid_of(sample), self.turns, self.size, self.zoom)
@@ -386,8 +390,17 @@ class Augmented(Dataset):
         self._epoch.fill_(epoch)
         if hasattr(self.dataset, 'set_epoch'): self.dataset.set_epoch(epoch)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if not self._epoch.is_shared(): self._epoch = self._epoch.clone().share_memory_()  # a copy has an epoch of its own
+
     @property
     def epoch(self) -> int: return int(self._epoch)
+
+    @property
+    def name(self) -> str: # with what is done: a run that is resumed with something else is told so by its name
+        "The data set's name, and how it is augmented."
+        return f'{getattr(self.dataset, "name", type(self.dataset).__name__)}, {self.augment}'
 
     def __len__(self) -> int: return len(self.dataset)
 
