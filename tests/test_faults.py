@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rs_mtl.core import IGNORE, ConfigError, DataError, LabelError, create_model
+from rs_mtl.data.check import check_dataset
 from rs_mtl.data.rasters import write_raster
 from rs_mtl.data.scene import Scene
+from rs_mtl.data.tables import folder_table
 from rs_mtl.models.net import MultiTaskNet, pad_to
 from rs_mtl.training.losses import Objective, check_labels, cross_entropy, dice, height_loss, mask_loss
 from rs_mtl.training.metrics import Scores, plain
@@ -76,7 +78,16 @@ def test_fault_04_a_patch_without_one_valid_height_trains_the_classes_and_skips_
     if weighting == 'uncertainty': assert objective.log_variance.grad[1] == 0 and objective.log_variance.grad[0] != 0
 
 
-# 16, 18, 20, 21: classes
+def test_fault_01_nan_in_the_height_model_is_counted_by_check(tmp_path):
+    for k in range(3):
+        height = np.random.default_rng(k).uniform(0, 30, (20, 20)).astype('float32')
+        height[:k] = np.nan
+        with rasterio.open(tmp_path/f'{k}.tif', 'w', driver='GTiff', height=20, width=20, count=1, dtype='float32', **PLACE) as dst: dst.write(height, 1)
+    counts = check_dataset(folder_table({'height': '{place}.tif'}, splits={'train': 'rest'}, val=0), tmp_path).counts['layers']['height']
+    assert counts['nan'] == 60 and counts['without_data'] == pytest.approx(60/1200) and counts['bands']['height 1']['min'] >= 0
+
+
+# 16, 18, 19, 20, 21: classes
 
 @settings(max_examples=60, deadline=None)
 @given(classes=st.integers(2, 255), value=st.integers(-40_000, 70_000), count=st.integers(1, 9))
@@ -130,6 +141,13 @@ def test_fault_19_a_class_that_never_occurs_is_nan_and_the_mean_is_over_the_othe
     found = scores.compute()
     assert np.isnan(found['values']['iou']['tree']) and found['values']['miou'] == pytest.approx((1/2 + 2/3)/2)
     assert 'over the classes that occur' in found['protocol']['mask']
+
+
+def test_fault_19_a_split_without_a_class_is_a_warning_of_check(tmp_path):
+    for k in range(4): write_raster(tmp_path/f'{k}.tif', np.random.default_rng(k).integers(0, 2 if k == 3 else 3, (20, 20), 'uint8'), {})
+    table = folder_table({'mask': '{place}.tif'}, NAMES, splits={'train': ['0', '1'], 'val': ['2'], 'test': ['3']})
+    (found,) = check_dataset(table, tmp_path).findings
+    assert found.level == 'warning' and "the class 'tree' does not occur in test" in found.what and 'nan' in found.todo
 
 
 @pytest.mark.parametrize('classes', [256, 300, 1000])

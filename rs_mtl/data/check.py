@@ -6,7 +6,7 @@
 __all__ = ['Rule', 'check_dataset']
 
 # %% ../../nbs/data/28_check.ipynb #95d1801c
-import time
+import time, warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,14 @@ import numpy as np
 
 from ..core import ConfigError, DataError, RsMtlError, _closest, progress
 from .census import SIDE, Spread, Tally, count_layer, count_sample
-from .check_report import Finding, Report, Stock, class_of, class_pixels, few
+from .check_report import Finding, Report, Stock, class_of, class_pixels, few, number
 from .grid import Source, _crs_name
 
 # %% ../../nbs/data/28_check.ipynb #638b656a
 Rule = Iterator[Finding]
 
 def _missing(stock: Stock) -> Rule:
+    if stock.gone: yield Finding('problem', 'missing', f'{number(len(stock.gone), "name")} in the lists of the splits answer{"s"*(len(stock.gone) == 1)} to no file: {few(stock.gone)}', 'fetch the rest, or choose other splits')
     by_layer: dict[str, list[tuple[str, str]]] = {}
     for layer, place, file in stock.gaps: by_layer.setdefault(layer, []).append((place, file))
     for layer, lost in by_layer.items():
@@ -109,7 +110,8 @@ def _holes(tallies: Sequence[Tally]) -> Rule:
         flat = [t for t in mine if t not in gone and t not in zero and t.spreads and t.constant and t.read > 1] if layer != 'cloud_impact' else []  # a patch may well be clear, or covered, as a whole
         if zero: yield Finding('problem', 'missing data', f'the {layer} of {len(zero)} of {len(mine)} places is 0 everywhere: {few(t.place for t in zero)}', 'a writer that was stopped leaves such files; fetch or write them again', tuple(t.place for t in zero))
         if flat: yield Finding('warning', 'missing data', f'the {layer} of {len(flat)} of {len(mine)} places is one number everywhere ({flat[0].spreads[0].low:g} in {flat[0].place}): {few(t.place for t in flat)}', 'look at these files', tuple(t.place for t in flat))
-        dark = [t for t in mine if t not in zero and t.read and t.blank > .005*t.read]
+        counts = {id(t) for t in mine if t.unlit or t.head is not None and t.head.source.limits and t.head.source.limits[0] == 0}  # where 0 was said to be a value, or is a problem already
+        dark = [t for t in mine if t not in zero and t.spreads and id(t) not in counts and t.blank > (.005 if len(t.spreads) > 1 else .05)*t.read]  # in one band of bytes 0 is a number like others
         if dark: yield Finding('warning', 'missing data', f'{sum(t.blank for t in dark)/sum(t.read for t in dark):.1%} of the {layer} of {len(dark)} of {len(mine)} places is 0 in every band, and counts as data: {few(f"{t.place} ({t.blank/t.read:.0%})" for t in dark)}', 'if 0 means missing, set nodata=0 for this layer', tuple(t.place for t in dark))
         unlit = [t for t in mine if t.unlit]
         if unlit: yield Finding('problem', 'range', f'the {layer} of {len(unlit)} of {len(mine)} places holds power of 0 or less, which has no logarithm: {few(f"{t.place} ({t.unlit:,} numbers)" for t in unlit)}', 'set nodata=0 if it means missing, or floor_db if it means very dark', tuple(t.place for t in unlit))
@@ -139,7 +141,7 @@ def _reflectance(layer: str, low: float, high: float, source: Source | None, uni
     if high > 3: yield Finding('problem', 'range', f'the {layer} goes up to {high:.4g} (99.9 %), and reflectance lies in 0..1{scale}', 'set the scale: 1/255 for bytes, 1e-4 for Sentinel-2 products')
     elif high < .02 and any(s.high for s in bands): yield Finding('warning', 'range', f'the {layer} never exceeds {high:.3g} (99.9 %){scale}', 'was it scaled twice, or with the scale of another type?')
     if low < -.2: yield Finding('warning', 'range', f'the {layer} goes down to {low:.3g} (0.1 %), and reflectance is hardly negative', 'check offset and nodata')
-    if heads and heads[0].dtype == 'uint16' and len(bands) > 3 and min(heads[0].offsets) == 0:
+    if heads and heads[0].dtype == 'uint16' and len(bands) > 3 and min(heads[0].offsets) == 0 and layer == 'clear':  # a cloud is brighter than that anyway
         stored = min(s.percentile(.1)[0] for s in bands)/heads[0].scales[0]
         if 950 <= stored < 3000: yield Finding('warning', 'range', f'no band of the {layer} has numbers below {stored:.0f}; Sentinel-2 products since 2022 are stored with 1000 added', "set offset=-0.1 with scale=1e-4, if that is what these are")
 
@@ -212,7 +214,7 @@ def _leaks(stock: Stock, pairs: Sequence[tuple[str, str, float]], how: str) -> R
     for a, b, share in pairs: by_split.setdefault(tuple(sorted((stock.split_of(a), stock.split_of(b)))), []).append((a, b, share))
     for splits, found in by_split.items():
         found.sort(key=lambda f: -f[2])
-        yield Finding('problem', 'leak', f'{len(found)} pairs of places of {" and ".join(splits)} {how}: {few((f"{a} and {b} ({share:.0%})" for a, b, share in found), 3)}', 'keep ground that is shared in one split: split by region',
+        yield Finding('problem', 'leak', f'{number(len(found), "pair")} of places of {" and ".join(splits)} {how}: {few((f"{a} and {b} ({share:.0%})" for a, b, share in found), 3)}', 'keep ground that is shared in one split: split by region',
                       tuple(dict.fromkeys(p for a, b, _ in found for p in (a, b))))
 
 def _known_again(stock: Stock, tallies: Sequence[Tally], known: set[frozenset[str]]) -> Rule:
@@ -267,12 +269,15 @@ def _of_table(table: Any, root: str | Path, split: str | None, splits: Any, laye
     if split is not None:
         if wrong := [s for s in split.split('+') if s not in parts]: raise ConfigError(f'{table.name} has no split {wrong[0]!r}', f'one of {", ".join(parts)}')
         parts = {s: parts[s] for s in split.split('+')}
-    wanted = list(dict.fromkeys([*(p for ps in parts.values() for p in ps), *(here if split is None else ())]))
-    if idle := [p for p in wanted if not any(p in ps for ps in parts.values())]: notes.append(Finding('warning', 'files', f'{len(idle)} of {len(wanted)} places stand in no split: {few(idle)}', 'they are counted here and used by nobody', tuple(idle)))
+    listed, there = {p for ps in parts.values() for p in ps}, set(here)
+    parts = {s: [p for p in ps if p in there] for s, ps in parts.items()}
+    wanted = [p for p in here if split is None or p in listed]
+    if idle := [p for p in wanted if p not in listed]: notes.append(Finding('warning', 'files', f'{len(idle)} of {len(wanted)} places stand in no split: {few(idle)}', 'they are counted here and used by nobody', tuple(idle)))
     for p, (layer, why) in table.faults.items():
         if p in wanted and layer in names: notes.append(Finding('warning', 'known', f'{p} ({layer}) is known to be faulty: {why}', 'it is left out when the data set is opened, unless faulty=\'keep\'', (p,)))
     return Stock(table.name, str(root), tuple(table.classes), tuple(table.palette), {p: {n: partial(table.layers[n].source, found[n][p]) for n in names if p in found[n]} for p in wanted}, parts,
-                 [(n, p, expected_path(table, n, p)) for p in wanted for n in names if p not in found[n]], notes, {n: table.layers[n].unit for n in names if table.layers[n].unit},
+                 [(n, p, expected_path(table, n, p)) for p in wanted for n in names if p not in found[n]], sorted(listed - there, key=_natural), {(p, layer) for p, (layer, _) in table.faults.items()},
+                 notes, {n: table.layers[n].unit for n in names if table.layers[n].unit},
                  scene=lambda p: Place(table, p, {n: found[n][p] for n in names if p in found[n]}).scene)
 
 def _of_data(data: Mapping[str, Any], name: str) -> Stock:
@@ -316,20 +321,25 @@ def _survey(stock: Stock, quick: bool, workers: int) -> tuple[list[Tally], dict[
     spreads: dict[str, dict[str, list[Spread]]] = {}
     misfits: list[tuple[str, RsMtlError]] = []
     one = partial(_one, stock, quick, min(4096, max(64, 4_000_000//len(stock.places))))  # marks: about a hundred megabytes of them in all
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    with warnings.catch_warnings(record=True) as said, ThreadPoolExecutor(max(1, workers)) as pool:
+        warnings.simplefilter('always', UserWarning)
         walk: Any = pool.map(one, stock.places) if workers > 1 else map(one, stock.places)
         for found, misfit in progress(walk, f'check {stock.name}', total=len(stock.places)):
             tallies += found
             if misfit is not None: misfits.append((found[0].place, misfit))
-            for t in found:
-                mine = spreads.setdefault(stock.split_of(t.place), {})
-                if len(mine.get(t.layer, t.spreads)) == len(t.spreads):
-                    for total, s in zip(mine.setdefault(t.layer, [Spread() for _ in t.spreads]), t.spreads): total.merge(s)
-                for s in t.spreads: s.bins = {}  # half a megabyte each, and merged by now
+            for t in found: _merge(spreads.setdefault(stock.split_of(t.place), {}), t)
+    stock.found += [Finding('warning', 'said', str(w.message)) for w in said if w.category is UserWarning]  # what readers remark, such as an offset that they took off
     return tallies, spreads, misfits
+
+def _merge(totals: dict[str, list[Spread]], t: Tally) -> None:
+    "Add a tally's spreads to those of its split, and let its bins go: half a megabyte each."
+    if t.spreads and len(totals.get(t.layer, t.spreads)) == len(t.spreads):
+        for total, s in zip(totals.setdefault(t.layer, [Spread() for _ in t.spreads]), t.spreads): total.merge(s)
+    for s in t.spreads: s.bins = {}
 
 def _judge(stock: Stock, tallies: Sequence[Tally], spreads: dict[str, dict[str, list[Spread]]], misfits: Sequence[tuple[str, RsMtlError]]) -> list[Finding]:
     "All rules, in the order in which a person would repair things."
+    tallies = [t for t in tallies if (t.place, t.layer) not in stock.known]  # these were named already
     masks = [t for t in tallies if t.layer == 'mask' and t.read]
     merged = Report(stock, [], [], spreads).merged()
     found = [*stock.found, *_missing(stock), *_unreadable(tallies)]
