@@ -96,6 +96,11 @@ def test_random_windows_fall_by_area_and_evenly_and_reach_both_ends():
     assert len(rows) == 81 and rows.min() > 0 and abs(rows/rows.sum() - 1/81).max() < .004  # from row 0 to row 80, none more often
     assert np.bincount(plan[plan[:, 0] == 2, 2]).tolist() == [(plan[:, 0] == 2).sum()]
 
+def test_scenes_of_one_pixel_are_drawn_alike():
+    "Where the running sum of the areas counts to three, an end that belongs to the wrong scene is seen."
+    plan = random_windows([(1, 1), (1, 1), (1, 1)], 1, 3000)
+    assert np.bincount(plan[:, 0], minlength=3)/3000 == pytest.approx(np.full(3, 1/3), abs=.04)
+
 def test_epochs_and_seeds_do_not_share_windows():
     plans = [random_windows([(5000, 5000)], 256, 500, s, e) for s in range(4) for e in range(4)]
     assert len({p.tobytes() for p in plans}) == 16 and len(np.unique(np.concatenate(plans), axis=0)) > 7900  # (seed 1, epoch 0) is not (seed 0, epoch 1)

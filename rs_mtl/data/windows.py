@@ -161,7 +161,7 @@ class Places:
             least = [np.minimum.reduce(list(c.area.values())).round().astype('int64') for c in cells]
             tables = [(np.column_stack([np.zeros(int((a > 0).sum()), int), *np.nonzero(a)]), a[a > 0]) for a in least]
         at, weight = (np.concatenate(x) for x in zip(*tables))
-        return at[:, 0], np.repeat(np.arange(len(tables)), [len(a) for a, _ in tables]), at[:, 1:].astype('int64')*self.cell, weight
+        return at[:, 0], np.repeat(np.arange(len(tables), dtype='int32'), [len(a) for a, _ in tables]), (at[:, 1:]*self.cell).astype('int32'), weight
 
     def _reach(self, scene: np.ndarray, corner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         "First and last corner of the windows that contain a cell."
@@ -171,9 +171,12 @@ class Places:
 
     def _hope(self, scene: np.ndarray, corner: np.ndarray) -> np.ndarray:
         "Whether any of nine windows that contain a cell seems to hold enough data."
-        low, high = self._reach(scene, corner)
         hope = np.zeros(len(scene), bool)
-        for y, x in np.ndindex(3, 3): hope |= self.enough(np.column_stack([scene, low + (high - low)*(y, x)//2//self.step*self.step]))
+        for part in np.array_split(np.arange(len(scene)), len(scene)//2**20 + 1):             # a million at a time
+            for y, x in sorted(np.ndindex(3, 3), key=lambda at: at != (1, 1)):                # the middle first, it mostly does
+                part = part[~hope[part]]
+                low, high = self._reach(scene[part], corner[part])
+                hope[part] = self.enough(np.column_stack([scene[part], low + (high - low)*(y, x)//2//self.step*self.step]))
         return hope
 
     def share(self, windows: np.ndarray, layer: str) -> np.ndarray:
