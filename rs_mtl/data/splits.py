@@ -84,7 +84,8 @@ def split_places(table: Table,
         kept = set(_cut(table, found['train'], share))
         found |= {'val': [p for p in found['train'] if p in kept], 'train': [p for p in found['train'] if p not in kept]}
     if wrong := [s for s in split.split('+') if s not in found]: raise ConfigError(f'{table.name} has no split {wrong[0]!r}', f'one of {", ".join(found)}, or several as in train+val', _closest(wrong[0], found))
-    chosen = sorted((p for s in split.split('+') for p in found[s]), key=_natural)
+    order = {p: i for i, p in enumerate(places)}
+    chosen = sorted((p for s in split.split('+') for p in found[s]), key=lambda p: (order.get(p, len(order)), _natural(p) if p not in order else []))
     if not chosen: raise DataError(f'the split {split!r} of {table.name} is empty', 'at least one place', 'a validation part needs two regions to be cut from; name another split, or val=')
     return chosen
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..core import IGNORE, AlignmentError, ConfigError, DataError, _closest, progress
 from .grid import Source
-from .layout import LayerTable, Table, _complete, _find, _natural, find_places as find_places, pick_layers
+from .layout import LayerTable, Table, _complete, _everywhere, _find, find_places as find_places, pick_layers
 from .splits import Shuffled as Shuffled, split_places
 
 # %% ../../nbs/data/26_tables.ipynb #d6b32863
@@ -127,8 +127,10 @@ class TableData:
     @property
     def scaling(self) -> dict[str, dict[str, Any]]: # layer -> what makes physical values of stored numbers
         "What a checkpoint should remember about numbers."
-        told = ('index', 'scale', 'offset', 'clip', 'power', 'floor_db', 'unit')
-        return {n: {k: v for k in told if (v := getattr(self.table.layers[n], k)) not in (None, '', (), False)} for n in self.layers if n != 'mask'}
+        told = ('index', 'scale', 'offset', 'clip', 'power', 'floor_db')
+        known = {n: self.scenes[0].sources[n] for n in self.layers if n != 'mask'}
+        unit = {n: {'unit': u} for n in known if (u := self.table.layers[n].unit)}
+        return {n: {k: v for k in told if (v := getattr(s, k)) not in (None, (), False)} | unit.get(n, {}) for n, s in known.items()}
 
     def where(self, i: int # number of the item
              ) -> tuple[str, int, int]: # place, first row, first column
@@ -211,8 +213,7 @@ def open_table(table: Table,
     names = pick_layers(table, layers)
     if 'mask' in names and not table.classes: raise ConfigError(f'the classes of {table.name} are not known', 'their names, and which code is which', "pass table.changed(classes=('water', …), palette=…, mask={'codes': {10: 0, …}}) instead of the name, or leave the mask out with layers=")
     found = _find(table, root, names)
-    everywhere = sorted({p for ps in found.values() for p in ps}, key=_natural)
-    wanted = _known_faults(table, split_places(table, everywhere, split, splits, val, root), names, faulty)
+    wanted = _known_faults(table, split_places(table, _everywhere(found), split, splits, val, root), names, faulty)
     files = _complete(table, root, found, wanted, partial)
     places = [Place(table, p, f) for p, f in files.items()]
     if look: _look(table, places)
