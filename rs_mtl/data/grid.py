@@ -75,7 +75,7 @@ class Grid:
     transform: Any                   # pixel -> coordinates
     shape: tuple[int, int]           # rows, columns
 
-    def from_pixel(self, row: int, col: int, shape: tuple[int, int] | None = None) -> 'Grid':
+    def from_pixel(self, row: float, col: float, shape: tuple[int, int] | None = None) -> 'Grid':
         "The same grid, counted from the pixel (row, col)."
         t = self.transform
         return Grid(self.crs, type(t)(t.a, t.b, t.c + col*t.a + row*t.b, t.d, t.e, t.f + col*t.d + row*t.e), shape or self.shape)

@@ -81,8 +81,10 @@ def warped(layer: Layer, grid: Grid,
         return classes, classes != IGNORE
     power = layer.name == 'sar' and not (layer.source.limits and layer.source.limits[0] >= 0)
     if power: values = np.exp(values*np.float32(np.log(10)/10))
-    both = onto(np.concatenate([values, ~valid[None]]).astype('float32', copy=False), 'average' if coarsening(layer.grid, grid) > _COARSE else 'bilinear', np.nan)
-    values, valid = both[:-1], both[-1] < 1e-6  # not so where it is NaN, outside the file
+    how = 'average' if coarsening(layer.grid, grid) > _COARSE else 'bilinear'
+    both = onto(np.concatenate([values, ~valid[None]]).astype('float32', copy=False), how, np.nan)
+    here = True if how == 'bilinear' else onto(valid[None].astype('uint8'), 'nearest', 0)[0] > 0  # a footprint may touch the file from outside
+    values, valid = both[:-1], (both[-1] < 1e-6) & here  # not so where it is NaN, outside the file
     np.copyto(values, 1, where=~valid)
     if power: values = 10*np.log10(values)
     return np.where(valid, values, np.float32(0)), valid
@@ -92,6 +94,7 @@ def _resample(stack: np.ndarray, file: Grid, grid: Grid, how: str, none: float) 
     from rasterio.crs import CRS
     from rasterio.warp import Resampling, reproject
     out, nowhere = np.full((len(stack), *grid.shape), none, stack.dtype), CRS.from_epsg(3857)  # two rasters without a CRS need some plane to lie on
-    reproject(stack, out, src_transform=file.transform, src_crs=file.crs or nowhere, dst_transform=grid.transform, dst_crs=grid.crs or nowhere,
+    nudge = 1e-6 if how == 'nearest' else 0  # of a pixel: a centre on the edge of two pixels falls to the same one in every window
+    reproject(stack, out, src_transform=file.transform, src_crs=file.crs or nowhere, dst_transform=grid.from_pixel(nudge, nudge).transform, dst_crs=grid.crs or nowhere,
               src_nodata=none, dst_nodata=none, resampling=Resampling[how], XSCALE=1, YSCALE=1)
     return out
