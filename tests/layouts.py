@@ -70,7 +70,7 @@ def vaihingen(root: Path, shape: tuple[int, int] = (40, 56), tiles: Sequence[str
 def potsdam(root: Path, size: int = 40) -> Path:
     "Pictures with a place, labels without; surface models with two digits, those of 3_13 one column short; 4_12 holds odd colours."
     rng = np.random.default_rng(2)
-    for i, place in enumerate(p for ps in POTSDAM.splits['official'].values() for p in ps):
+    for place in (p for ps in POTSDAM.splits['official'].values() for p in ps):
         row, col = place.split('_')
         here = {'crs': 'EPSG:32633', 'transform': from_origin(367_000 + 300*int(col), 5_809_000 - 300*int(row), .05, .05)}
         bands, classes = rng.integers(1, 255, (4, size, size), dtype='uint8'), label(rng, (size, size))

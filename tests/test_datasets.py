@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import layouts
 import numpy as np
@@ -17,14 +16,14 @@ from hypothesis import strategies as st
 
 from rs_mtl.core import IGNORE, AlignmentError, BandError, ConfigError, DataError, DatasetNotFoundError, LabelError
 from rs_mtl.data import datasets
-from rs_mtl.data.datasets import EERDS, LUOJIASET, M3MCR, POTSDAM, SEN12MSCR, TABLES, VAIHINGEN, WHU_OPT_SAR, get_table, list_data, open_data, open_dataset
+from rs_mtl.data.datasets import EERDS, LUOJIASET, POTSDAM, SEN12MSCR, TABLES, VAIHINGEN, WHU_OPT_SAR, list_data, open_data, open_dataset
 from rs_mtl.data.grid import Source
 from rs_mtl.data.layout import LayerTable, Table, find_places
 from rs_mtl.data.splits import split_places
 from rs_mtl.data.tables import folder_table, open_table
 from rs_mtl.training.fit import evaluate, fit, fit_stats
 
-pytestmark = pytest.mark.filterwarnings('ignore::rasterio.errors.NotGeoreferencedWarning', 'ignore:.*known to be faulty', 'ignore:B10 of', 'ignore:.*places are left out')
+pytestmark = pytest.mark.filterwarnings('ignore::rasterio.errors.NotGeoreferencedWarning', 'ignore:.*known to be faulty', 'ignore:B10 of', 'ignore:.*places are left out', 'ignore:Use .@. matmul:PendingDeprecationWarning')
 
 
 def stored(path):
@@ -84,7 +83,7 @@ def test_a_layer_of_a_table_takes_every_field_of_a_source():
 
 @pytest.mark.parametrize('name', [n for n in TABLES if n != 'eerds'])
 def test_every_split_of_every_set_holds_other_places_whatever_the_seed(root, name):
-    found = [p for p in find_places(TABLES[name], root/name)]
+    found = list(find_places(TABLES[name], root/name))
     for splits in TABLES[name].splits:
         parts = [p for s in ('train', 'val', 'test') if (name, splits) != ('luojiaset', 'random') for p in split_places(TABLES[name], found, s, splits)]
         assert len(set(parts)) == len(parts)
