@@ -53,15 +53,19 @@ def copy(root, tmp_path):
 # --- the constants themselves: fixtures are made from them, so no fixture would notice a slip ---
 
 @pytest.mark.parametrize('table', TABLES.values(), ids=lambda t: t.name)
-def test_constants_palettes_classes_codes_and_checksums(table):
+def test_constants_palettes_classes_and_codes(table):
     assert len(set(table.palette)) == len(table.palette) == len(table.classes) == len(set(table.classes))
     assert all(0 <= v <= 255 and isinstance(v, int) for c in table.palette for v in c)
     for layer in table.layers.values():
         to = {*(layer.codes or {}).values(), *(layer.colours or {}).values()}
         assert not to or to == {*range(len(table.classes)), IGNORE} or to == set(range(len(table.classes)))
         assert layer.bands == () or len(set(layer.bands)) == len(layer.bands) == (len(layer.index) or len(layer.bands))
-    assert all(len(m) == 32 and set(m) <= set('0123456789abcdef') for m in table.md5.values())
     assert table.title and table.terms and table.notes
+
+def test_fault_26_every_shipped_checksum_has_32_hex_digits():
+    shipped = {archive: m for t in TABLES.values() for archive, m in t.md5.items()}
+    assert len(shipped) == 3 and len(set(shipped.values())) == 3
+    assert all(len(m) == 32 and set(m) <= set('0123456789abcdef') and a.endswith('.zip') for a, m in shipped.items())
 
 @pytest.mark.parametrize('table', [VAIHINGEN, POTSDAM, WHU_OPT_SAR], ids=lambda t: t.name)
 def test_constants_listed_splits_are_disjoint_and_the_official_ones_complete(table):
