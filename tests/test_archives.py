@@ -333,15 +333,14 @@ def test_the_final_name_is_given_in_one_step_to_what_is_complete_and_on_the_disk
 def test_fault_25_a_killed_extraction_never_leaves_half_a_data_set_under_its_name(tmp_path):
     files = {f'top/{i}.bin': os.urandom(20_000) for i in range(400)}
     path = pack(tmp_path/'a.tar', 'tar', files)
-    code = "import sys; from rs_mtl.data.archives import extract; print('go', flush=True); extract(sys.argv[1], sys.argv[2])"
+    code = "import sys; from rs_mtl.data.archives import extract; extract(sys.argv[1], sys.argv[2])"
     killed = 0
     for k in range(8):
-        run = subprocess.Popen([sys.executable, '-c', code, path, tmp_path/f'set{k}'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        run.stdout.readline()
-        time.sleep(.02 + .04*k)
+        run = subprocess.Popen([sys.executable, '-c', code, path, tmp_path/f'set{k}'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while run.poll() is None and not list(tmp_path.glob(f'.set{k}.*')): time.sleep(.002)   # until it writes, however busy the machine is
+        time.sleep(.015*k)
         run.send_signal(signal.SIGKILL)
         killed += run.wait() == -signal.SIGKILL
-        run.stdout.close()
         if (tmp_path/f'set{k}').exists(): assert content(tmp_path/f'set{k}') == files
     left = list(tmp_path.glob('.set*.part'))
     assert killed and left, 'no run was killed while it wrote'
