@@ -89,9 +89,11 @@ def _classes(stock: Stock, masks: Sequence[Tally]) -> Rule:
         if not counts.any(): yield Finding('problem', 'classes', f'all labels of {split} are ignored', 'check the codes and nodata of the labels', tuple(places)); continue
         for i, name in enumerate(names):
             if not counts[i]: absent.setdefault(name, []).append(split)
-    for name, splits in absent.items():
-        what = 'its IoU there is nan, and means are taken over the other classes' if splits != ['train'] else 'it cannot be learnt'
-        yield Finding('warning', 'classes', f'the class {name!r} does not occur in {" and ".join(splits)}', f'{what}; another split or fewer classes would change that')
+    for splits in dict.fromkeys(map(tuple, absent.values())):
+        lost = [n for n, s in absent.items() if tuple(s) == splits]
+        what = ('the class ' if len(lost) == 1 else 'the classes ') + few((repr(n) for n in lost), 12) + (' does' if len(lost) == 1 else ' do')
+        why = [*(['what does not occur in train cannot be learnt'] if 'train' in splits else []), *(['where a class does not occur its IoU is nan, and means are taken over the others'] if set(splits) - {'train'} else [])]
+        yield Finding('warning', 'classes', f'{what} not occur in {" and ".join(splits)}', '; '.join([*why, 'another split or fewer classes would change that']))
     empty = [t.place for t in masks if not class_pixels([t], len(names))[0].any()]
     if empty: yield Finding('warning', 'classes', f'{len(empty)} of {len(masks)} labels are ignored as a whole: {few(empty)}', 'they cost time and teach nothing; leave them out', tuple(empty))
 
@@ -103,7 +105,7 @@ def _holes(tallies: Sequence[Tally]) -> Rule:
         for value in dict.fromkeys(v for t in mine for v in t.sentinels):
             hit = [t for t in mine if value in t.sentinels]
             share = sum(t.sentinels[value] for t in hit)/sum(t.read for t in hit)
-            yield Finding('problem', 'missing data', f'the {layer} of {len(hit)} of {len(mine)} places holds {value:g} in {share:.2%} of its pixels, and nothing declares that as nodata: {few(t.place for t in hit)}', f'set nodata={value:g} for this layer', tuple(t.place for t in hit))
+            yield Finding('problem', 'missing data', f'the {layer} of {len(hit)} of {len(mine)} places holds {value:g} in {share:.2%} of its pixels, and nothing declares that as nodata: {few(t.place for t in hit)}', f'set nodata={value:g} for this layer' if len(hit) == len(mine) else f'declare nodata {value:g} in these files: one nodata for the whole layer would overrule what the others declare', tuple(t.place for t in hit))
         gone = [t for t in mine if t.invalid == t.read and layer != 'mask']
         if gone: yield Finding('warning', 'missing data', f'the {layer} of {len(gone)} of {len(mine)} places has no data at all: {few(t.place for t in gone)}', 'leave these places out, or the layer', tuple(t.place for t in gone))
         zero = [t for t in mine if t not in gone and t.spreads and t.constant and t.spreads[0].low == 0 == t.blank - t.read + t.invalid] if layer in ('image', 'sar', 'clear') else []
@@ -154,8 +156,8 @@ def _heights(layer: str, low: float, high: float, source: Source | None, unit: s
     s, usual = bands[0], source.limits if source is not None and source.limits else (-50., 10_000.)
     if s.low < usual[0] or s.high > usual[1]: yield Finding('problem', 'range', f'heights go from {s.low:.5g} to {s.high:.5g}', f'reading them raises an error outside {usual[0]:g} … {usual[1]:g} m: check scale and nodata, or set limits=')
     if low > 25: yield Finding('warning', 'range', f'no height is below {low:.4g} m (0.1 %): these look like elevations above the sea, not above the ground', 'subtract a terrain model; a net cannot know how high the place lies')
-    elif high > 1000: yield Finding('warning', 'range', f'heights go up to {high:.4g} (99.9 %), which looks like centimetres or millimetres', 'set scale=0.01 if they are centimetres')
-    elif high > 120: yield Finding('warning', 'range', f'heights go up to {high:.4g} (99.9 %), which looks like decimetres', 'set scale=0.1 if they are; towns and forests rarely exceed 100 m')
+    elif high > 1000: yield Finding('warning', 'range', f'heights go up to {high:.4g} (99.9 %), which looks like centimetres, or like elevations above the sea', 'set scale=0.01 if they are centimetres; subtract a terrain model if they are elevations')
+    elif high > 120: yield Finding('warning', 'range', f'heights go up to {high:.4g} (99.9 %), which looks like decimetres, or like elevations above the sea', 'set scale=0.1 if they are decimetres; towns and forests rarely exceed 100 m')
     if -50 <= low < -3: yield Finding('warning', 'range', f'heights go down to {low:.3g} m (0.1 %)', 'above the ground they should not: check the terrain model and nodata')
 
 # %% ../../nbs/data/28_check.ipynb #e55aecc3

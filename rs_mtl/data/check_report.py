@@ -230,7 +230,7 @@ _PINK = (1., .35, .75)
 def _figure(report: Report, places: int) -> Any:
     from matplotlib.figure import Figure
     shown = _shown(report, places)
-    columns = max([1, *(len(p) for _, p in shown)])
+    columns = max([4, *(len(p) for _, p in shown)])
     fig = Figure(figsize=(11, 3.4 + 2.5*len(shown)), dpi=72, layout='constrained')
     fig._repr_png_ = lambda: _png(fig)  # type: ignore[attr-defined]
     top, *rest = fig.subfigures(1 + bool(shown), 1, height_ratios=[3.4, *([2.5*len(shown)] if shown else [])], squeeze=False).ravel()
@@ -255,14 +255,15 @@ def _draw_classes(ax: Any, report: Report) -> None:
     "Share of each class, a bar per split."
     classes = report._classes()
     names, splits = list(classes), list(dict.fromkeys(s for v in classes.values() for s in v))
+    if not names: return ax.set_axis_off()
     for k, split in enumerate(splits):
         shares = [classes[n].get(split) or 0 for n in names]
         ax.barh(np.arange(len(names)) + (k - (len(splits) - 1)/2)*.8/len(splits), shares, .8/len(splits), label=split)
         for i, share in enumerate(shares):
             if share == 0 and names[i] != 'ignored': ax.text(0, i + (k - (len(splits) - 1)/2)*.8/len(splits), ' none', va='center', fontsize=7, color='#c0392b')
-    ax.set(yticks=range(len(names)), yticklabels=names, title='classes, share of pixels' if names else 'no labels')
+    ax.set(yticks=range(len(names)), yticklabels=names, title='classes, share of pixels')
     ax.invert_yaxis(); ax.spines[['top', 'right']].set_visible(False)
-    if splits: ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8)
 
 def _draw_values(ax: Any, report: Report) -> None:
     "From 0.1 to 99.9 %, with the mean, of every band; each layer on its own scale."
@@ -285,11 +286,20 @@ def _shown(report: Report, places: int) -> list[tuple[str, list[tuple[str, np.nd
             if len(out) >= places: return out
             try: sample = report.stock.sample(place)
             except RsMtlError: continue  # said among the findings
-            if sample: out.append((place, _panels(sample, report.stock.palette))); break
+            if sample: out.append((place, _panels(sample, report.stock.palette, report._bands('image', len(sample.get('image', ()))))))
+            break
     return out
 
-def _panels(sample: Mapping[str, Any], palette: Sequence[Sequence[int]]) -> list[tuple[str, np.ndarray, dict[str, Any]]]:
+def _rgb(names: Sequence[str], n: int) -> list[int]:
+    "Which bands the eye should see as red, green and blue."
+    low = [b.lower() for b in names]
+    for wanted in (('red', 'green', 'blue'), ('b4', 'b3', 'b2'), ('b04', 'b03', 'b02')):
+        if all(w in low for w in wanted): return [low.index(w) for w in wanted]
+    return [0, 1, 2] if n >= 3 else [0]
+
+def _panels(sample: Mapping[str, Any], palette: Sequence[Sequence[int]], names: Sequence[str]) -> list[tuple[str, np.ndarray, dict[str, Any]]]:
     "A small picture of each layer."
+    from matplotlib import colormaps
     out: list[tuple[str, np.ndarray, dict[str, Any]]] = []
     for name in (n for n in ('image', 'clear', 'sar', 'mask', 'height', 'cloud_impact') if n in sample):
         x = np.asarray(sample[name])
@@ -297,12 +307,12 @@ def _panels(sample: Mapping[str, Any], palette: Sequence[Sequence[int]]) -> list
         how: dict[str, Any] = {}
         if name == 'mask':
             colours = np.full((256, 3), _PINK)
-            given = np.asarray(palette or [(40*i % 256, 90*i % 256, 200 - 30*i % 200) for i in range(40)])/255
-            colours[:len(given)] = given
+            colours[:IGNORE] = colormaps['tab20'](np.arange(IGNORE) % 20)[:, :3]
+            if len(palette): colours[:len(palette)] = np.asarray(palette)/255
             colours[IGNORE] = _PINK
             picture = colours[np.where(valid, x, IGNORE)]
         else:
-            bands = x[:3] if name in ('image', 'clear') and len(x) >= 3 else x[:1]
+            bands = x[_rgb(names, len(x))] if name in ('image', 'clear') else x[:1]
             low, high = np.percentile(bands[:, valid], (2, 98)) if valid.any() else (0, 1)
             picture = np.clip((bands - low)/max(high - low, 1e-6), 0, 1).transpose(1, 2, 0)
             picture = np.where(valid[..., None], picture if picture.shape[2] == 3 else picture.repeat(3, 2), _PINK)
