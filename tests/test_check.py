@@ -152,9 +152,9 @@ BROKEN = {  # what was done -> (how, keywords of the table, kind, level, what mu
     'an image of zeros': (swap('image', lambda x: x*0, 3), {}, 'missing data', 'problem', 'is 0 everywhere: 3'),
     'a border of zeros': (swap('image', lambda x: np.where(np.arange(40) < 10, 0, x).astype(x.dtype), 3), {}, 'missing data', 'warning', 'is 0 in every band, and counts as data: 3 (25%)'),
     'a constant band': (swap('image', lambda x: np.where(np.arange(3)[:, None, None] == 1, .5, x).astype(x.dtype)), {}, 'range', 'problem', 'image 2 is 0.5 everywhere'),
-    'a class that nobody listed': (swap('mask', lambda x: np.where(np.arange(40)[:, None] == 7, 9, x).astype(x.dtype), 5), {}, 'labels', 'problem', '9 (40 pixels in 1 labels, first in 5 at row 7, column 0)'),
+    'a class that nobody listed': (swap('mask', lambda x: np.where(np.arange(40)[:, None] == 7, 9, x).astype(x.dtype), 5), {}, 'labels', 'problem', '9 (40 pixels in 1 label, first in 5 at row 7, column 0)'),
     'a code that nobody listed': (swap('mask', lambda x: (x + 1)*10), {'mask': {'codes': {10: 0, 20: 1}}}, 'labels', 'problem', '30 ('),
-    'a label that is all ignore': (swap('mask', lambda x: x*0 + 255, 0), {}, 'classes', 'warning', '1 of 6 labels are ignored as a whole: 0'),
+    'a label that is all ignore': (swap('mask', lambda x: x*0 + 255, 0), {}, 'classes', 'warning', '1 of 6 labels is ignored as a whole: 0'),
     'saturated bytes': (lambda n, k, x: np.minimum(x.astype('float32')*800, 255).astype('uint8') if n == 'image' else x, {'image': {'scale': 1/255}}, 'range', 'warning', 'is saturated'),
     'bands in another order': (lambda n, k, x: x, {'image': {'bands': ('blue', 'green', 'red')}}, 'range', 'problem', 'names its bands red, green, blue, and they are read as blue, green, red'),
 }
@@ -196,7 +196,7 @@ def test_files_that_are_missing_torn_or_other_than_the_rest_are_named(tmp_path):
     layouts.tiff(tmp_path/'height/8.tif', np.ones((64, 64), 'float32') + np.arange(64), crs='EPSG:32633', transform=at(0, 8000)['transform'])
     layouts.tiff(tmp_path/'height/9.tif', np.ones((64, 64), 'float32') + np.arange(64), **at(0, 9000.4))
     report = check_dataset(table, tmp_path)
-    assert '1 of 12 places have no mask: mask/3.tif' in said(report, 'missing')
+    assert '1 of 12 places has no mask: mask/3.tif' in said(report, 'missing')
     assert 'image/5.tif' in said(report, 'unreadable') and '1 more image files: 6' in said(report, 'unreadable')
     assert {'7', '8', '9'} == {p for f in report.problems if f.kind == 'alignment' for p in f.places}
     assert '7: 64x63 pixels' in said(report, 'files', 'warning') and '8: CRS EPSG:32633' in said(report, 'files', 'warning')
@@ -261,7 +261,7 @@ def test_data_sets_that_are_open_already_are_checked_by_their_files_or_samples(t
         if i == 3: s['mask'][0, :5] = 7
         return s
     report = check_dataset({'train': Squares(6), 'test': Squares(6, seed=1, spoil=seven)})
-    assert '7 (5 pixels in 1 labels, first in test 3 at row 0, column 0)' in said(report, 'labels')
+    assert '7 (5 pixels in 1 label, first in test 3 at row 0, column 0)' in said(report, 'labels')
     assert 'the same to the last pixel' in said(check_dataset({'train': Squares(3), 'test': Squares(3)}), 'leak')
     with pytest.raises(ConfigError, match='no items'): check_dataset(Squares(0))
 
@@ -277,7 +277,7 @@ def _vaihingen(root):
     label = next(root.glob('gts_for_participants/*area7.tif'))
     with rasterio.open(label, 'r+') as dst: x = dst.read(); x[:, 3, 4:6] = [[254], [1], [1]]; dst.write(x)  # as after a detour through JPEG
     (root/'nDSM/dsm_09cm_matching_area5_normalized.jpg').unlink()
-    return get_table('vaihingen'), [('labels', '(254, 1, 1) (2 pixels in 1 labels, first in 7 at row 3, column 4)'), ('missing', 'nDSM/dsm_09cm_matching_area5_normalized.jpg')]
+    return get_table('vaihingen'), [('labels', '(254, 1, 1) (2 pixels in 1 label, first in 7 at row 3, column 4)'), ('missing', 'nDSM/dsm_09cm_matching_area5_normalized.jpg')]
 
 def _potsdam(root):
     f = root/'2_Ortho_RGB/top_potsdam_6_9_RGB.tif'

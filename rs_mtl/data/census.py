@@ -241,7 +241,7 @@ def count_layer(place: str,               # whose
             for src, part in zip(files, layer.parts):
                 if at := _unwritten(src, part, layer.nodata[0]): raise DataError(f'{part.path!r} has a block at row {at[0]}, column {at[1]} that was never written and would read as zeros', 'a file whose writer finished', 'write it again, or declare a nodata value if the gap is meant')
             try: _count(tally, files, layer, quick, marks)
-            except (RasterioError, OSError) as e: raise DataError(f'{layer.source.path!r} is torn: after {tally.read:,} pixels {e}', 'a complete file', 'fetch it again') from e
+            except (RasterioError, OSError) as e: raise DataError(f'{layer.source.path!r} is torn: after {tally.read:,} pixels {e.__cause__ or e}', 'a complete file', 'fetch it again') from e
     except RsMtlError as e: tally.error = e
     except CPLE_BaseError as e: tally.error = DataError(f'{source.path!r} cannot be read as a raster: {e}', 'a complete file', 'fetch it again')
     return tally

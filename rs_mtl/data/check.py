@@ -27,7 +27,7 @@ def _missing(stock: Stock) -> Rule:
     by_layer: dict[str, list[tuple[str, str]]] = {}
     for layer, place, file in stock.gaps: by_layer.setdefault(layer, []).append((place, file))
     for layer, lost in by_layer.items():
-        yield Finding('problem', 'missing', f'{len(lost)} of {len(stock.places)} places have no {layer}: {few(f for _, f in lost)}', 'add the files, or leave the layer or the places out on purpose', tuple(p for p, _ in lost))
+        yield Finding('problem', 'missing', f'{len(lost)} of {len(stock.places)} places {"has" if len(lost) == 1 else "have"} no {layer}: {few(f for _, f in lost)}', 'add the files, or leave the layer or the places out on purpose', tuple(p for p, _ in lost))
 
 def _together(level: str, kind: str, errors: Sequence[tuple[str, RsMtlError]], one: str, many: str) -> Rule:
     "Errors of one kind as one finding: the first in full, the others by name."
@@ -74,7 +74,7 @@ def _labels(stock: Stock, masks: Sequence[Tally]) -> Rule:
     if not lost: return
     strict = any(t.head is None or t.head.source.unknown == 'error' for ts in lost.values() for t in ts)
     most = sorted(lost, key=lambda c: -sum(t.codes[c] for t in lost[c]))
-    def said(c: Any) -> str: return f'{c} ({sum(t.codes[c] for t in lost[c]):,} pixels in {len(lost[c])} labels, first in {lost[c][0].place} at row {lost[c][0].first.get(c, (0, 0))[0]}, column {lost[c][0].first.get(c, (0, 0))[1]})'
+    def said(c: Any) -> str: return f'{c} ({sum(t.codes[c] for t in lost[c]):,} pixels in {number(len(lost[c]), "label")}, first in {lost[c][0].place} at row {lost[c][0].first.get(c, (0, 0))[0]}, column {lost[c][0].first.get(c, (0, 0))[1]})'
     yield Finding('problem' if strict else 'warning', 'labels', f'the labels hold {few((said(c) for c in most), 3)}, which {"is" if len(lost) == 1 else "are"} no class', "list it with its class, or with 255 if it is none" if strict else "these pixels are ignored, as unknown='ignore' asks", tuple(dict.fromkeys(t.place for c in most for t in lost[c])))
 
 def _classes(stock: Stock, masks: Sequence[Tally]) -> Rule:
@@ -95,7 +95,7 @@ def _classes(stock: Stock, masks: Sequence[Tally]) -> Rule:
         why = [*(['what does not occur in train cannot be learnt'] if 'train' in splits else []), *(['where a class does not occur its IoU is nan, and means are taken over the others'] if set(splits) - {'train'} else [])]
         yield Finding('warning', 'classes', f'{what} not occur in {" and ".join(splits)}', '; '.join([*why, 'another split or fewer classes would change that']))
     empty = [t.place for t in masks if not class_pixels([t], len(names))[0].any()]
-    if empty: yield Finding('warning', 'classes', f'{len(empty)} of {len(masks)} labels are ignored as a whole: {few(empty)}', 'they cost time and teach nothing; leave them out', tuple(empty))
+    if empty: yield Finding('warning', 'classes', f'{len(empty)} of {len(masks)} labels {"is" if len(empty) == 1 else "are"} ignored as a whole: {few(empty)}', 'they cost time and teach nothing; leave them out', tuple(empty))
 
 # %% ../../nbs/data/28_check.ipynb #7068704a
 def _holes(tallies: Sequence[Tally]) -> Rule:
