@@ -13,7 +13,9 @@ _install_repair()
 _PUBLIC = {
     'create_model': 'core', 'list_models': 'core', 'show_progress': 'core',
     'City': 'worlds.city', 'Land': 'worlds.land', 'simulate_clouds': 'worlds.clouds', 'Scene': 'data.scene',
-    'open_data': 'data.datasets', 'list_data': 'data.datasets',
+    'open_data': 'data.datasets', 'list_data': 'data.datasets', 'open_dataset': 'data.datasets', 'check_dataset': 'data.check', 'Windows': 'data.windows',
+    'Augment': 'data.augment', 'Augmented': 'data.augment', 'strong': 'data.augment', 'weak': 'data.augment', 'extract': 'data.archives',
+    'sinkhorn': 'labels.sinkhorn',
     'Objective': 'training.losses', 'Scores': 'training.metrics', 'fit': 'training.fit', 'fit_stats': 'training.fit', 'evaluate': 'training.fit',
     'save': 'training.checkpoint', 'load': 'training.checkpoint',
     'predict_scene': 'apply.predict', 'predict_sample': 'apply.predict', 'show_sample': 'apply.figures', 'show_map': 'apply.maps',

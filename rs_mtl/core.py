@@ -9,7 +9,7 @@ __all__ = ['LAYERS', 'IGNORE', 'MODELS', 'valid_key', 'RsMtlError', 'DataError',
            'create_model']
 
 # %% ../nbs/00_core.ipynb #a3a17254
-import importlib, json, os
+import glob, importlib, json, os, socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,6 +94,19 @@ def _sync(path: Path) -> None:
     try: os.fsync(fd)
     finally: os.close(fd)
 
+def _alive(pid: int) -> bool:
+    "Whether a process of this machine runs."
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except PermissionError: pass  # somebody else's, but alive
+    return True
+
+def _sweep(path: Path, host: str) -> None:
+    "Remove what killed processes of this machine left of `path`."
+    for left in path.parent.glob(f'.{glob.escape(path.stem)}.{glob.escape(host)}-*.part{glob.escape(path.suffix)}'):
+        pid = left.name.removesuffix(f'.part{path.suffix}').rpartition('-')[2]
+        if pid.isdigit() and not _alive(int(pid)): left.unlink(missing_ok=True)
+
 @contextmanager
 def whole_file(path: str | Path     # the final name
               ) -> Iterator[Path]:  # the temporary name to write to
@@ -101,7 +114,9 @@ def whole_file(path: str | Path     # the final name
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # the ending is kept, since GDAL and matplotlib choose the format by it
-    part = path.with_name(f'.{path.stem}.{os.getpid()}.part{path.suffix}')
+    host = socket.gethostname()
+    part = path.with_name(f'.{path.stem}.{host}-{os.getpid()}.part{path.suffix}')
+    _sweep(path, host)
     try:
         yield part
         _sync(part)

@@ -93,7 +93,7 @@ def test_help_is_quick_and_complete_and_needs_no_torch():
     start = time.perf_counter()
     said = subprocess.run([sys.executable, '-c', code], env=ENV | {'COLUMNS': '200'}, capture_output=True, text=True, check=True).stdout
     assert time.perf_counter() - start < 3 and said.endswith('[]\n')
-    for p in parameters_of('train')[1:]: assert f'--{p.name.replace("_", "-")}' in said and f'{p.kind}, default {p.default!r}]' in said and p.help in said
+    for p in parameters_of('train')[1:]: assert f'--{p.name.replace("_", "-")}' in said and f'{p.kind}{" or none" if p.optional else ""}, default {p.default!r}]' in said and p.help in said
     assert 'examples:' in said and 'rs-mtl train plain --data city' in said
 
 def test_list_names_models_and_data_without_torch():

@@ -17,7 +17,7 @@ rasterio = pytest.importorskip('rasterio')
 from rasterio.transform import from_origin
 
 from rs_mtl.apply.predict import blend_weights, fold_batch_norm, predict_scene, tile_starts
-from rs_mtl.core import DataError
+from rs_mtl.core import BandError, DataError
 from rs_mtl.data.rasters import write_raster
 from rs_mtl.data.scene import Scene
 
@@ -250,3 +250,21 @@ def test_the_bar_counts_tiles_and_tells_the_time_left(tmp_path, monkeypatch, cap
     start = time.time()
     predict_scene(Same(), files, tmp_path/'o', 64, 0)
     assert seen[0].n == seen[0].total == 16 and seen[0].start_t >= start - 1
+
+
+def small_net(bands=3):
+    import rs_mtl
+    torch.manual_seed(0)
+    return rs_mtl.create_model('plain', bands=bands, classes=3, encoder='resnet10t', width=8, full=8, detail=4)
+
+def test_fault_11_a_scene_of_other_bands_is_named_with_its_path_though_the_net_has_no_names_for_them(tmp_path):
+    with pytest.raises(BandError, match='40x40.tif') as e: predict_scene(small_net(4), written(tmp_path, 40, 40, bands=3)[1], tmp_path/'maps')
+    assert 'the 4 bands' in str(e.value) and 'index=' in str(e.value) and not (tmp_path/'maps').exists()
+
+def test_fault_12_numbers_unlike_those_of_the_training_are_warned_of_and_others_are_not(tmp_path, recwarn):
+    net, (_, files) = small_net(), written(tmp_path, 40, 40, bands=3)      # uniform between 0 and 1
+    net.set_stats({'image': ([.5]*3, [.3]*3)})
+    predict_scene(net, files, tmp_path/'maps')
+    assert not [w for w in recwarn if 'sigma' in str(w.message)]
+    net.set_stats({'image': ([.5, .05, .5], [.3, .01, .3])})                # the second band was much darker there
+    with pytest.warns(UserWarning, match='band 2 of image .* sigma'): predict_scene(net, files, tmp_path/'maps')

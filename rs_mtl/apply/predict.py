@@ -6,7 +6,7 @@
 __all__ = ['NODATA', 'tile_starts', 'blend_weights', 'fold_batch_norm', 'predict_sample', 'predict_scene']
 
 # %% ../../nbs/apply/70_predict.ipynb #b2c6b108
-import copy, math
+import copy, math, warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..core import IGNORE, BandError, ConfigError, DataError, progress, valid_key
 from ..data.rasters import create_raster
 from ..data.scene import Scene, _mirror
+from ..data.values import suspicious_bands
 
 # %% ../../nbs/apply/70_predict.ipynb #c65cae8f
 def tile_starts(n: int,           # pixels along the axis
@@ -92,11 +93,22 @@ def _inputs(net: Any, scene: Scene) -> tuple[str, ...]:
     missing = [n for n in inputs if n not in scene.layers]
     if missing: raise ConfigError(f'the scene has no {missing[0]!r}, only {", ".join(scene.layers)}', f'the layers that the net reads: {", ".join(inputs)}', f"add {{'{missing[0]}': path}}")
     for name, key in (('image', 'bands'), ('sar', 'sar_bands')):
-        known = (getattr(net, 'meta', None) or {}).get(key)
-        if name in inputs and known and len(known) != len(scene.layers[name].bands):
-            raise BandError(f'{scene.layers[name].path!r} has the {len(scene.layers[name].bands)} bands {", ".join(scene.layers[name].bands)}',
-                            f'the {len(known)} bands that the net was trained on: {", ".join(known)}', 'write a raster with these bands in this order')
+        if name not in inputs: continue
+        names, found = (getattr(net, 'meta', None) or {}).get(key) or (), scene.layers[name].bands
+        count = len(names) or (len(net.normalise[name].mean) if name in getattr(net, 'normalise', ()) else len(found))
+        if count != len(found):
+            raise BandError(f'{scene.layers[name].path!r} has the {len(found)} bands {", ".join(found)}', f'the {count} bands that the net was trained on{": " + ", ".join(names) if names else ""}',
+                            'choose them in that order with Source(path, index=(…)), or write a raster with them')
     return inputs
+
+def _look(net: Any, scene: Scene, inputs: Sequence[str], side: int = 256) -> None:
+    "Warn where the middle of a scene is nothing like what the net was trained on: bands in another order, numbers in another unit."
+    stats = {n: (net.normalise[n].mean.tolist(), net.normalise[n].std.tolist()) for n in inputs if n in getattr(net, 'normalise', ())} if getattr(net, 'has_stats', False) else {}
+    h, w = (max(min(n, side)//scene.step, 1)*scene.step for n in scene.shape)
+    row, col = ((n - k)//2//scene.step*scene.step for n, k in zip(scene.shape, (h, w)))
+    for off in suspicious_bands(scene.read(row, col, h, w, list(stats), edge='empty'), stats) if stats else []:
+        warnings.warn(f"band {off['band'] + 1} of {off['layer']} {scene.layers[off['layer']].path!r} has a mean of {off['observed']:.3g} in the middle of the scene, {off['sigma']:.0f} sigma from the {off['mean']:.3g} that the net was trained on; "
+                      'are the bands in the same order, and the numbers in the same unit?', stacklevel=3)
 
 def _device(device: str | torch.device) -> torch.device:
     "'auto' is the GPU where there is one."
@@ -251,6 +263,7 @@ def predict_scene(net: nn.Module,                              # from batch dict
     if tile < 1 or batch < 1 or not 0 <= overlap <= .9: raise ConfigError(f'tile={tile}, overlap={overlap}, batch={batch}', 'tile and batch of at least 1, overlap between 0 and 0.9')
     scene = layers if isinstance(layers, Scene) else Scene(layers)
     inputs, where = _inputs(net, scene), _device(device)
+    _look(net, scene, inputs)
     rows, cols = (tile_starts(n, tile, overlap) for n in scene.shape)
     down, across = (blend_weights(n, tile, s) for n, s in zip(scene.shape, (rows, cols)))
     windows = [(k, r, c) for k, r in enumerate(rows) for c in cols]

@@ -70,18 +70,21 @@ class Scene:
                  scales: Mapping[str, float] | None = None,     # layer -> physical value per stored number, against the file's word
                  nodata: Mapping[str, float] | None = None,     # layer -> stored number that means nothing, against the file's word
                  align: bool | str = False,                     # resample onto the grid of the first layer, or of the layer named here
+                 shared_grid: bool = False,                     # you vouch that all layers begin at the same corner, whatever their files say
                  classes: Sequence[str] = (),                   # class names, instead of the file's
                  palette: Sequence[Sequence[int]] = ()):        # their colours, 0..255
         if not layers: raise ConfigError('a scene without layers', "at least {'image': path}", 'pass the rasters by layer name')
         scales, nodata = dict(scales or {}), dict(nodata or {})
         if wrong := [n for n in (*scales, *nodata, *([align] if isinstance(align, str) else [])) if n not in layers]:
             raise ConfigError(f'scales, nodata or align name the layer {wrong[0]!r}', f'one of {", ".join(layers)}', _closest(wrong[0], layers))
+        if align and shared_grid: raise ConfigError('align and shared_grid', 'one of them', 'what shares its pixels needs no resampling')
         if align and crop_to_common: raise ConfigError('align and crop_to_common', 'one of them', 'an aligned scene has the extent of the layer that it is aligned to')
         heads = {n: read_layer(n, p, scales.get(n), nodata.get(n)) for n, p in layers.items()}
         if assume_crs is not None:
             from rasterio.crs import CRS
             heads = {n: l if l.crs else replace(l, crs=CRS.from_user_input(assume_crs)) for n, l in heads.items()}
         first = _first(heads, align)
+        if shared_grid: heads = {n: _laid_on(first, l) for n, l in heads.items()}
         self.layers, grid = _aligned(heads, first) if align else _compared(heads, first, crop_to_common)
         self.crs, self.transform, self.shape = grid.crs, grid.transform, grid.shape
         self.step = math.lcm(*(n//math.gcd(n, m) for m, n in (l.source.ratio for l in heads.values())))
@@ -150,6 +153,11 @@ def _first(layers: Mapping[str, Layer], align: bool | str) -> Layer:
     whole = [l for l in layers.values() if l.source.ratio[0] == l.source.ratio[1]]
     if not whole: raise ConfigError(f'only layers with a ratio: {", ".join(layers)}', 'one layer with ratio (1, 1), whose pixels are those of the scene', 'leave the ratio of that layer out')
     return whole[0]
+
+def _laid_on(first: Layer, layer: Layer) -> Layer:
+    "A layer that lies where the first one says."
+    (n, m), grid = layer.source.ratio, first.grid
+    return replace(layer, crs=grid.crs, transform=(grid if n == m else grid.finer(n, m)).transform)
 
 def _compared(layers: Mapping[str, Layer], first: Layer, crop: bool) -> tuple[dict[str, Layer], Grid]:
     "Layers that lie on one grid already, each with the place where the scene starts in it; an error if one does not."

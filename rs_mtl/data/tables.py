@@ -80,24 +80,11 @@ def _open_scene(p: Place) -> Any:
     from rs_mtl.data.scene import Scene
     t = p.table
     known: dict[str, Any] = {'classes': t.classes, 'palette': t.palette} if 'mask' in p.files else {}
-    scene = _on_shared_grid(p, known) if t.shared_grid else Scene(p.sources, crop_to_common=t.short > 0, **known)
-    if not t.shared_grid: _check_short(p, {n: l.shape for n, l in scene.layers.items() if l.source.ratio == (1, 1)}, scene.shape)
+    # cropped here and judged by _check_short, whose words are those of the table
+    scene = Scene(p.sources, crop_to_common=True, shared_grid=t.shared_grid, **known)
+    _check_short(p, {n: tuple(k*l.source.ratio[1]//l.source.ratio[0] for k in l.shape) for n, l in scene.layers.items()}, scene.shape)
     if t.size and not t.short and tuple(scene.shape) != tuple(t.size):
         raise DataError(f'{p!r} has {scene.shape[0]}x{scene.shape[1]} pixels', f'{t.size[0]}x{t.size[1]}, as every place of {t.name}', 'is the file complete? If your copy was cut otherwise, pass table.changed(size=None)')
-    return scene
-
-def _on_shared_grid(p: Place, known: Mapping[str, Any]) -> Any:
-    "A scene whose layers begin at the same corner, which lies where its first layer says."
-    from rs_mtl.data.scene import Scene
-    alone = {n: Scene({n: replace(s, ratio=(1, 1))}, **(known if n == 'mask' else {})) for n, s in p.sources.items()}
-    covers = {n: tuple(k*b//a for k in alone[n].shape) for n, (a, b) in ((n, s.ratio) for n, s in p.sources.items())}  # in pixels of the scene
-    rows, cols = (min(c[i] for c in covers.values())//p.step*p.step for i in (0, 1))
-    _check_short(p, covers, (rows, cols))
-    scene = next((alone[n] for n, s in p.sources.items() if s.ratio == (1, 1)), None)
-    if scene is None: raise ConfigError(f'{p!r} with only {", ".join(p.files)}', 'a layer whose pixels are those of the scene', 'ask for the image too, or pass table.changed with another ratio')
-    scene.layers = {n: replace(alone[n].layers[n], source=s) for n, s in p.sources.items()}
-    scene.shape, scene.step = (rows, cols), p.step
-    if 'mask' in alone: scene.classes, scene.palette = alone['mask'].classes, alone['mask'].palette
     return scene
 
 def _check_short(p: Place, covers: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]) -> None:

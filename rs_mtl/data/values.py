@@ -102,9 +102,9 @@ def physical(layer: Layer,                # any but a mask
     if set(layer.scales) != {1.}: values *= np.array(layer.scales, 'float32')[:, None, None]
     if any(layer.offsets): values += np.array(layer.offsets, 'float32')[:, None, None]
     if source.power: _decibels(layer, values, valid, at)
+    if layer.name == 'sar' and not source.power and not source.limits: _check_decibels(layer, values, valid)  # before clip hides it
     if source.clip: np.clip(values, *source.clip, out=values)
     if limits := source.limits or _LIMITS.get(layer.name): _check_limits(layer, values, valid, at, limits)
-    if layer.name == 'sar' and not source.power and not source.limits: _check_decibels(layer, values, valid)
     if layer.name in ('image', 'clear') and highest*max(layer.scales) + max(layer.offsets) > 3: _check_unit(layer, values)
     if not whole: np.copyto(values, 0, where=~valid)
     return values
