@@ -434,8 +434,8 @@ def test_epoch_reaches_the_data_set_inside_and_attributes_come_out():
     data = Augmented(Numbers(), 'geometry')
     data.set_epoch(3)
     assert data.dataset.epoch == 3 and data.epoch == 3 and data.classes == ('a', 'b') and len(data) == 12 and data.augment.bands == ('red', 'green', 'blue')
-    names = {Augmented(Numbers(), a).name for a in ('geometry', 'full', Augment('mirror'), Augment(size=4), Augment(zoom=(1., 1.1)), Augment(drop_band=.1))}
-    assert len(names) == 6 and all(n.startswith('numbers, augmented') for n in names)   # a run that is resumed with another one shall notice
+    names = {Augmented(Numbers(), a).treatment for a in ('geometry', 'full', Augment('mirror'), Augment(size=4), Augment(zoom=(1., 1.1)), Augment(drop_band=.1))}
+    assert len(names) == 6 and all(n.startswith('augmented') for n in names) and Augmented(Numbers(), 'full').name == 'numbers'   # a run that is resumed with another one shall notice
     copy = pickle.loads(pickle.dumps(data))
     copy.set_epoch(4)
     assert copy._epoch.is_shared() and data.epoch == 3   # workers of the copy hear of its epoch, and of no other

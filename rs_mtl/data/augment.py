@@ -398,9 +398,9 @@ class Augmented(Dataset):
     def epoch(self) -> int: return int(self._epoch)
 
     @property
-    def name(self) -> str: # with what is done: a run that is resumed with something else is told so by its name
-        "The data set's name, and how it is augmented."
-        return f'{getattr(self.dataset, "name", type(self.dataset).__name__)}, {self.augment}'
+    def treatment(self) -> str: # `fit` remembers it: a run that is resumed with something else is told so
+        "How the data set is augmented, in words."
+        return str(self.augment)
 
     def __len__(self) -> int: return len(self.dataset)
 

@@ -221,7 +221,7 @@ def signature(net: nn.Module, objective: Callable, data: Mapping[str, Any], opt:
             **{k: opt[k] for k in ('batch_size', 'lr', 'weight_decay', 'warmup', 'clip', 'seed', 'monitor')},
             'objective': {k: getattr(objective, k) for k in ('tasks', 'weights', 'weighting', 'aux')} if isinstance(objective, Objective) else type(objective).__name__}
     for name, d in data.items():
-        told |= {f'{name} items': 0 if d is None else len(d), f'{name} data': getattr(d, 'name', ''), f'{name} classes': getattr(d, 'classes', ())}
+        told |= {f'{name} items': 0 if d is None else len(d), f'{name} data': ', '.join(filter(None, (getattr(d, 'name', ''), getattr(d, 'treatment', '')))), f'{name} classes': getattr(d, 'classes', ())}
     return json.loads(json.dumps(told, default=str))
 
 # %% ../../nbs/training/64_fit.ipynb #b656857b
