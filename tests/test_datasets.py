@@ -521,6 +521,8 @@ def test_command_line_trains_on_a_public_set_and_says_at_once_where_it_is_not(ro
     said = command('train', 'plain', '--data', 'vaihingen', '--root', root, '--quick', '--out', tmp_path/'wrong', '--encoder', 'mobilenetv3_small_050')
     assert said.returncode == 1 and f"use root='{root/'vaihingen'}'" in said.stderr and 'Traceback' not in said.stderr
     assert not (tmp_path/'wrong'/'figures').exists()  # before anything was drawn or trained
+    said = command('train', 'plain', '--data', 'vaihinge', '--root', root, '--quick', '--out', tmp_path/'wrong')
+    assert said.returncode == 1 and "did you mean 'vaihingen'" in said.stderr
     said = command('train', 'plain', '--data', 'm3mcr', '--root', root/'m3mcr', '--inputs', 'image,sar', '--quick', '--size', 100, '--out', tmp_path/'run', '--encoder', 'mobilenetv3_small_050')
     assert said.returncode == 0, said.stderr
     said = command('evaluate', tmp_path/'run', '--root', root/'m3mcr', '--size', 100)

@@ -153,12 +153,13 @@ def costs(table: Mapping[str, Sequence[Mapping[str, Any]]],  # variant -> nets
 
 # %% ../../nbs/apply/76_ablation.ipynb #ddee69ea
 def figure(rows: Sequence[Mapping[str, Any]],                          # of a table
-           scores: Mapping[str, str] = {'miou': 'mIoU', 'rmse': 'height RMSE, m'},  # noqa: B006  what to draw, and its label
+           scores: Mapping[str, str] | None = None,                    # what to draw, and its label; None: mIoU and the RMSE of height
            baseline: str = ''                                          # variant of the dashed line
           ) -> Any:                                                    # a matplotlib figure
     "A dot per seed and variant."
     import matplotlib.pyplot as plt
     names = list(dict.fromkeys(r['variant'] for r in rows))
+    scores = scores or {'miou': 'mIoU', 'rmse': 'height RMSE, m'}
     shown = {k: v for k, v in scores.items() if any(k in r for r in rows)}
     fig, axes = plt.subplots(1, len(shown), figsize=(2.2 + 3.4*len(shown), .6 + .32*len(names)), sharey=True, squeeze=False, layout='constrained')
     for ax, (score, label) in zip(axes[0], shown.items(), strict=True):

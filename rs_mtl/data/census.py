@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core import IGNORE, DataError, RsMtlError, valid_key
 from .grid import Layer, Source, read_layer
-from .rasters import _opened
+from .rasters import _opened, read_errors
 from .values import _packed, is_data
 
 # %% ../../nbs/data/28_census.ipynb #2d1fff2a
@@ -230,8 +230,6 @@ def count_layer(place: str,               # whose
                ) -> Tally:
     "Read one layer of one place, once; what is wrong with the file is in the tally, and never raised."
     from contextlib import ExitStack
-    from rasterio._err import CPLE_BaseError  # what a torn header raises where rasterio does not translate it
-    from rasterio.errors import RasterioError
     source = source if isinstance(source, Source) else Source(source)
     tally = Tally(place, name, source.paths)
     try:
@@ -241,9 +239,8 @@ def count_layer(place: str,               # whose
             for src, part in zip(files, layer.parts):
                 if at := _unwritten(src, part, layer.nodata[0]): raise DataError(f'{part.path!r} has a block at row {at[0]}, column {at[1]} that was never written and would read as zeros', 'a file whose writer finished', 'write it again, or declare a nodata value if the gap is meant')
             try: _count(tally, files, layer, quick, marks)
-            except (RasterioError, OSError) as e: raise DataError(f'{layer.source.path!r} is torn: after {tally.read:,} pixels {e.__cause__ or e}', 'a complete file', 'fetch it again') from e
+            except read_errors() as e: raise DataError(f'{layer.source.path!r} is torn: after {tally.read:,} pixels {e.__cause__ or e}', 'a complete file', 'fetch it again') from e
     except RsMtlError as e: tally.error = e
-    except CPLE_BaseError as e: tally.error = DataError(f'{source.path!r} cannot be read as a raster: {e}', 'a complete file', 'fetch it again')
     return tally
 
 def _one_in(shape: tuple[int, int], marks: int) -> int: return max(4, shape[0]*shape[1]//marks)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VAIHINGEN', 'POTSDAM', 'WHU_OPT_SAR', 'EERDS', 'M3MCR', 'S2_BANDS', 'LUOJIASET', 'SEN12MSCR', 'TABLES', 'SPLITS',
            'DATASETS', 'find_offset', 'get_table', 'list_tables', 'world_seed', 'open_city', 'open_land', 'list_data',
-           'open_data', 'open_dataset', 'run_options', 'Kept', 'kept']
+           'find_table', 'open_data', 'open_dataset', 'run_options', 'Kept', 'kept']
 
 # %% ../../nbs/data/27_datasets.ipynb #dd8f5e6f
 import inspect, warnings
@@ -211,7 +211,16 @@ def list_data() -> list[str]: # names for `open_dataset`
     "The data sets that can be opened by name."
     return DATASETS.names()
 
-def open_data(name: str | Table,       # one of `list_data()`, or a table
+def find_table(name: str | Table) -> Table | None: # None where the name is a world's
+    "The table behind a name, or in a .toml or .json file; an error where there is neither."
+    if isinstance(name, Table): return name
+    if Path(name).suffix.lower() in ('.toml', '.json'):
+        from rs_mtl.data.table_file import read_table
+        return read_table(name)
+    DATASETS[name]  # a hint at what was meant, if it is nothing
+    return TABLES.get(name)
+
+def open_data(name: str | Table,       # one of `list_data()`, a table, or the path of a table file
               split: str = 'train',    # 'train', 'val', 'test', …
               n: int | None = None,    # items; None: the split's usual number
               size: int | None = None, # pixels along a side; None: the data set's usual size
@@ -220,10 +229,11 @@ def open_data(name: str | Table,       # one of `list_data()`, or a table
               **kwargs: Any            # what else that data set takes
              ) -> Any:                 # a data set of samples
     "Open a split of a data set, with the words of a run."
-    opener: Callable = partial(_open_table, name) if isinstance(name, Table) else DATASETS[name]
+    table = find_table(name)
+    opener: Callable = DATASETS[str(name)] if table is None else partial(_open_table, table)
     return opener(split, n=n, size=size, seed=seed, root=root, **kwargs)
 
-def open_dataset(name: str | Table,        # one of `list_data()`, or a table
+def open_dataset(name: str | Table,        # one of `list_data()`, a table, or the path of a table file
                  root: str | Path = '',    # where it lies; a world lies nowhere
                  split: str = 'train',     # 'train', 'val', 'test', … or several: 'train+val'
                  crop: int | None = None,  # pixels along a side of a window; None: as the table says
@@ -233,16 +243,17 @@ def open_dataset(name: str | Table,        # one of `list_data()`, or a table
     return open_data(name, split, size=crop, root=root, **kwargs)
 
 # %% ../../nbs/data/27_datasets.ipynb #64dbac78
-def run_options(name: str,                  # one of `list_data()`
+def run_options(name: str,                  # one of `list_data()`, or the path of a table file
                 root: str | Path,           # where it lies
                 inputs: Sequence[str],      # layers that a net sees
                 tasks: Sequence[str] = ()   # maps that it learns; empty: mask and height, where there are any
                ) -> dict[str, Any]:         # what else to pass to `open_data`
     "How a run opens its data; an error if they are not there."
     from rs_mtl.data.layout import _find, pick_layers
-    if name not in TABLES: return {}
-    layers = pick_layers(TABLES[name], [*inputs, *(tasks or [t for t in ('mask', 'height') if t in TABLES[name].layers])])
-    _find(TABLES[name], root, layers)
+    table = find_table(name)
+    if table is None: return {}
+    layers = pick_layers(table, [*inputs, *(tasks or [t for t in ('mask', 'height') if t in table.layers])])
+    _find(table, root, layers)
     return {'root': root, 'layers': layers, 'one_grid': True}
 
 # %% ../../nbs/data/27_datasets.ipynb #984f5361

@@ -18,7 +18,7 @@ import torch
 
 from ..core import IGNORE, AlignmentError, ConfigError, DataError, _closest, progress, valid_key
 from .grid import Grid, Layer, Part, Source, _check_pair, _common, _crs_name, _pixel, read_layer
-from .rasters import FILES
+from .rasters import FILES, read_errors
 from .values import _warn, check_bands, class_index, is_data, physical
 from .warp import check_overlap, warped
 
@@ -46,13 +46,12 @@ def _stored(layer: Layer, rows: tuple[int, int], cols: tuple[int, int]) -> tuple
 
 def _part(layer: Layer, part: Part, window: tuple[tuple[int, int], tuple[int, int]]) -> tuple[np.ndarray, np.ndarray | None]:
     "The numbers of one file, and what its mask or alpha band says."
-    from rasterio.errors import RasterioError
     kind = 'float32' if layer.name != 'mask' and layer.dtype in _EXACT else None
     with FILES.lend(part.path, part.stamp) as src:
         try:
             raw = src.read(list(part.index), window=window, out_dtype=kind)
             mask = None if not part.masked else src.read(part.alpha, window=window) if part.alpha else src.read_masks(part.index[0], window=window)
-        except (RasterioError, OSError) as e: raise _torn(part, window, e) from e
+        except read_errors() as e: raise _torn(part, window, e) from e
     if part.alpha and mask is not None and mask.dtype.kind == 'u' and ((mask > 0) & (mask < np.iinfo(mask.dtype).max)).mean() > .05:
         _warn(layer, 'alpha', f'band {part.alpha} is declared as transparency, is taken as validity, and holds many values; pass index= with it if it is a band like near infrared')
     return raw, None if mask is None else mask > 0

@@ -105,7 +105,7 @@ class Pixels:
         b, c, h, w = scores.shape
         self.classes, self.dtype, self.visits = c if live is None else len(live), working_type(scores), 0
         least, most = BLOCK.get(scores.device.type, BLOCK['cuda'])
-        limit = max(1, min(max(scores.numel()//40, least), most)//self.classes)
+        limit = max(1, min(max(scores.numel()//28, least), most)//self.classes)
         cols = max(1, min(w, limit))
         rows = max(1, min(h, limit//cols))
         self.chunk = max(1, limit//(rows*cols)) if (rows, cols) == (h, w) else 1, rows, cols
@@ -267,9 +267,9 @@ def strided(scores: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | Non
     "Every so-manieth pixel of (B,C,H,W) and its weight."
     b, c, h, w = scores.shape
     n = b*h*w
-    i = torch.arange(0, n, n//min(max(SAMPLE, n//64), 4*SAMPLE) | 1, device=scores.device)
+    i = torch.arange(0, n, n//min(max(SAMPLE, n//128), 4*SAMPLE) | 1, device=scores.device)
     at = i//max(1, h*w), i//max(1, w) % max(1, h), i % max(1, w)
-    return scores[at[0], :, at[1], at[2]].t().contiguous()[None, :, :, None], None if weight is None else weight[at].view(1, -1, 1)
+    return scores.transpose(0, 1)[:, at[0], at[1], at[2]][None, :, :, None], None if weight is None else weight[at].view(1, -1, 1)
 
 # %% ../../nbs/labels/40_sinkhorn.ipynb #b8f00e93
 def search(p: Pixels, aim: Equal, h: np.ndarray, eps: float, tol: float, most: int,
@@ -290,7 +290,9 @@ def search(p: Pixels, aim: Equal, h: np.ndarray, eps: float, tol: float, most: i
 def solve(full: Pixels, small: Pixels | None, aim: Equal, h: np.ndarray, eps: float, tol: float, most: int, spread: float, warm: bool) -> Climb:
     "Search on the sample, then on all pixels."
     at = Climb(h, h, 0.)
-    if small is not None: at = search(small, aim, h, eps, max(tol, 1e-3), 100, spread, warm)
+    if small is not None:
+        at = search(small, aim, h, eps, max(tol, 1e-3), 100, spread, warm)
+        small.scores = small.buffer = full.buffer.new_empty(0)      # its memory is needed no more
     return search(full, aim, at.h, eps, tol, most, spread, warm or small is not None, at.ties)
 
 # %% ../../nbs/labels/40_sinkhorn.ipynb #3633e103

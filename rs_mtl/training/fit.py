@@ -95,7 +95,7 @@ def _evaluate(net: nn.Module, data: Any, objective: Callable | None, ways: _Ways
     was_training = net.training
     net.eval()
     try:
-        with open_loader(data, todo, ways.workers, len(getattr(data, 'classes', ())), ways.device.type == 'cuda') as loader:
+        with open_loader(data, todo, ways.workers, _class_count(net, data), ways.device.type == 'cuda') as loader:
             for batch in _bar(ways.rank == 0, read(loader), 'evaluate', total=len(todo), leave=False, delay=2):
                 batch = to_device(batch, ways.device, ways.channels_last)
                 with ways.autocast():
@@ -117,6 +117,10 @@ def _tasks(net: nn.Module) -> tuple[str, ...]:
     tasks = getattr(net, 'tasks', ())
     if not tasks: raise ConfigError(f'{type(net).__name__} does not say what it answers', "net.tasks, for example ('mask', 'height')", 'set net.tasks')
     return tuple(tasks)
+
+def _class_count(net: nn.Module, data: Any) -> int: # 0: nobody knows, and labels are not checked
+    "How many classes there are: by the data, or else by the net."
+    return len(getattr(data, 'classes', ())) or (getattr(net, 'config', {}).get('classes') or 0 if 'mask' in _tasks(net) else 0)
 
 # %% ../../nbs/training/64_fit.ipynb #b64f3dca
 @dataclass
@@ -315,7 +319,7 @@ def _tell_epoch(data: Any, epoch: int) -> None:
 def _run(run: Run, learner: Learner, keeper: Keeper, batches: Batches, train: Any, val: Any, stop: Stop) -> None:
     "Epoch after epoch: learn, validate, keep."
     ways, main = learner.ways, learner.acc.is_main_process
-    with open_loader(train, batches, ways.workers, len(getattr(train, 'classes', ())), ways.device.type == 'cuda') as loader, _bar(main, None, 'training', total=run.steps, initial=run.step) as bar:
+    with open_loader(train, batches, ways.workers, _class_count(learner.task.net, train), ways.device.type == 'cuda') as loader, _bar(main, None, 'training', total=run.steps, initial=run.step) as bar:
         while run.step < run.steps and not run.stopped:
             batches.epoch, batches.start, before = run.epoch, run.done, run.done
             _tell_epoch(train, run.epoch)

@@ -68,7 +68,8 @@ class Items(Dataset):
 def _failure(where: str, e: Exception) -> Failure:
     import traceback
     what, expected, todo = (e.what, e.expected, e.todo) if isinstance(e, RsMtlError) else (f'{type(e).__name__}: {e}', '', '')
-    return Failure(DataError(f'{where} cannot be read: {what}', expected, todo or 'repair or remove that item'), ''.join(traceback.format_exception(e)))
+    kind = type(e) if isinstance(e, DataError) else DataError
+    return Failure(kind(f'{where} cannot be read: {what}', expected, todo or 'repair or remove that item'), ''.join(traceback.format_exception(e)))
 
 # %% ../../nbs/training/63_runtime.ipynb #0b0f26b7
 def collate(items: Sequence[dict[str, Any] | Failure]) -> dict[str, Tensor] | Failure:
