@@ -158,6 +158,15 @@ def test_the_step_is_newtons(kind, strength):
     change = (aim.residual(h + small*d, visit(pixels, h + small*d, eps)[0], eps) - aim.residual(h, mass, eps))/small
     np.testing.assert_allclose(change, -aim.residual(h, mass, eps), rtol=1e-3, atol=1e-6)
 
+@pytest.mark.parametrize('far', [.5, 19., 300.])
+def test_a_plan_that_is_moved_is_the_plan_that_is_computed(far):
+    scores, _ = problem(0, n=5000, classes=4, scale=30., dtype=torch.float32)
+    pixels = Pixels(planar(scores), out=planar(out := torch.empty_like(scores)))
+    for h in (np.zeros(4), np.array([0., far, 0, 0]), np.array([0., 0, far, -far])): mass, _ = visit(pixels, h, .5)
+    want = torch.softmax(scores.double()/.5 + torch.tensor([0., 0, far, -far]), 1)
+    torch.testing.assert_close(out.double(), want, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(mass, want.mean(0), atol=1e-5)
+
 @FAST
 @given(seed=SEEDS)
 def test_the_step_under_upper_limits_meets_its_conditions(seed):
@@ -337,6 +346,11 @@ def test_a_class_of_prior_0_is_left_out(n):
         torch.testing.assert_close(plan.apply(scores), plan.assignment, atol=1e-4, rtol=0)
         assert sinkhorn(scores, prior, .1, 1e-4, marginal=marginal, strength=strength, init=plan.dual).converged
 
+def test_a_class_that_was_left_out_and_comes_back_starts_from_0():
+    scores, prior = problem(0, n=300, classes=3)
+    before = sinkhorn(scores, [0., .5, .5], .2)
+    torch.testing.assert_close(sinkhorn(scores, prior, .2, 1e-9, init=before.dual).assignment, sinkhorn(scores, prior, .2, 1e-9).assignment, atol=1e-6, rtol=0)
+
 def test_an_absent_class_gets_its_share_under_equal_and_less_under_kl_and_upper():
     scores, prior = torch.randn(5000, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([.3, .3, .2, .2])
     scores[:, 3] -= 50
@@ -429,6 +443,7 @@ def test_fault_33_not_converged_is_said_as_loudly_as_asked():
 def test_a_tolerance_below_the_precision_ends_and_says_so():
     scores, prior = problem(0, n=20_000, classes=5, dtype=torch.float32)
     with pytest.raises(NotConverged, match='float64'): sinkhorn(scores, prior, .05, 1e-14)
+    assert sinkhorn(scores, prior, .05, 1e-14, on_fail='ignore', max_passes=1000).passes < 200
     assert sinkhorn(scores.double(), prior, .05, 1e-13).marginal_error <= 1e-13
 
 
