@@ -46,6 +46,5 @@ def test_context_is_needed_in_both_worlds():
 def test_two_sensors_know_more_than_one():
     assert min(answer('land')[f'mIoU of both over {one} alone, points'] for one in ('optical', 'radar')) >= 3
 
-@pytest.mark.xfail(reason='the small net halves the error of the class means only in part so far; see the benchmark', strict=True)
 def test_height_can_be_read_twice_as_well_as_from_the_class_alone():
     assert answer('city')['height RMSE of the net over the mean of the predicted class'] <= .5

@@ -120,7 +120,7 @@ def render(rng: np.random.Generator, size: tuple[int, int], gsd: float) -> dict[
     "One scene: image (4,H,W), sar (2,H,W), mask and height (H,W), and the sun that lit it."
     town = draw_town(rng, size, gsd)
     surface, height, slow = _surface(town, int(rng.integers(2**31)))
-    sun = azimuth, elevation = rng.uniform(110, 250), rng.uniform(34, 52)
+    sun = azimuth, elevation = rng.uniform(150, 210), rng.uniform(42, 48)  # surveys are flown around noon, in one season
     image = illuminate(surface, direct_light(height, azimuth, elevation, gsd), np.clip(hillshade(height, azimuth, elevation, gsd), 0, 1.7), openness=.9)
     image = sensor(add_haze(image, rng.uniform(0, .18))*np.float32(rng.uniform(.85, 1.15)), .55, .005, rng)
     look = rng.uniform(60, 120) + (180 if rng.random() < .5 else 0)
