@@ -15,7 +15,7 @@ _PUBLIC = {
     'City': 'worlds.city', 'Land': 'worlds.land', 'simulate_clouds': 'worlds.clouds', 'Scene': 'data.scene',
     'open_data': 'data.datasets', 'list_data': 'data.datasets', 'open_dataset': 'data.datasets', 'check_dataset': 'data.check', 'Windows': 'data.windows',
     'Augment': 'data.augment', 'Augmented': 'data.augment', 'strong': 'data.augment', 'weak': 'data.augment', 'extract': 'data.archives',
-    'sinkhorn': 'labels.sinkhorn',
+    'sinkhorn': 'labels.sinkhorn', 'Plan': 'labels.sinkhorn', 'read_table': 'data.table_file',
     'Objective': 'training.losses', 'Scores': 'training.metrics', 'fit': 'training.fit', 'fit_stats': 'training.fit', 'evaluate': 'training.fit',
     'save': 'training.checkpoint', 'load': 'training.checkpoint',
     'predict_scene': 'apply.predict', 'predict_sample': 'apply.predict', 'show_sample': 'apply.figures', 'show_map': 'apply.maps',
