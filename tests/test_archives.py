@@ -260,7 +260,8 @@ def test_an_encrypted_or_strangely_compressed_zip_is_refused_with_a_way_out(tmp_
 
 
 @pytest.mark.parametrize(('data', 'words'), [(b'', 'is empty'), (b'<!DOCTYPE html><title>Log in</title>', 'a web page(?s:.*)log in'), (b'Rar!\x1a\x07\x00' + bytes(900), 'a RAR(?s:.*)7z'), (b'7z\xbc\xaf\x27\x1c' + bytes(900), 'a 7z'),
-                                             (os.urandom(3000), 'cannot be read'), (bytes(20_480), 'cannot be read|holds no files'), (zip_of(), 'holds no files'), (tar_of(special('d', tarfile.DIRTYPE)), 'holds no files'), (gzip.compress(b'no tar'), 'cannot be read')])
+                                             (os.urandom(3000), 'cannot be read'), (bytes(20_480), 'cannot be read|holds no files'), (zip_of(), 'holds no files'), (tar_of(special('d', tarfile.DIRTYPE)), 'holds no files'), (gzip.compress(b'no tar', mtime=0), 'cannot be read')],
+                         ids=['empty', 'web page', 'rar', '7z', 'noise', 'zeros', 'empty zip', 'empty tar', 'gzip of no tar'])
 def test_what_is_no_archive_is_named(tmp_path, data, words): refused(tmp_path, data, words)
 
 
