@@ -102,7 +102,7 @@ def test_list_names_models_and_data_without_torch():
     assert 'plain' in said and {'city', 'land', 'vaihingen'} <= {w.strip(',') for w in said.split()} and said.endswith('False\n')
 
 def test_every_parameter_has_a_type_a_default_and_a_help():
-    assert list_runs() == ['evaluate', 'predict', 'train']
+    assert list_runs() == ['ablate', 'evaluate', 'predict', 'train']
     for name in list_runs():
         for p in parameters_of(name): assert p.kind in ('int', 'float', 'str', 'bool') and p.help, (name, p)
 

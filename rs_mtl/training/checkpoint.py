@@ -25,7 +25,7 @@ def _pending(folder: Path, stem: str, digest: str) -> Path: return folder/f'{ste
 
 def _leftovers(folder: Path, stem: str) -> list[Path]:
     "What a killed writer may have left behind."
-    name = re.compile(rf'{re.escape(stem)}-[0-9a-f]{{16}}\.safetensors|\.{re.escape(stem)}(-[0-9a-f]{{16}})?\.\d+\.part\.(safetensors|json)')
+    name = re.compile(rf'{re.escape(stem)}-[0-9a-f]{{16}}\.safetensors|\.{re.escape(stem)}(-[0-9a-f]{{16}})?\.[\w.-]+-\d+\.part\.(safetensors|json)')
     return [p for p in folder.iterdir() if name.fullmatch(p.name)]
 
 def write_pair(folder: str | Path,           # made if it is missing
