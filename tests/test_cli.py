@@ -11,7 +11,7 @@ import nbformat
 import pytest
 
 from rs_mtl.apply.cli import main, parse
-from rs_mtl.apply.runs import find_run, list_runs, parameters_of, run
+from rs_mtl.apply.runs import RunFailed, find_run, list_runs, parameters_of, run
 from rs_mtl.core import ConfigError
 
 ENV = os.environ | {'OMP_NUM_THREADS': '1', 'RS_MTL_PROGRESS': 'log'}
@@ -177,3 +177,20 @@ def test_ctrl_c_stops_training_after_the_step_keeps_a_checkpoint_and_exits_with_
     from rs_mtl.training.checkpoint import load, read_pair
     assert read_pair(folder, 'state')[1]['run']['step'] > 0 and load(folder) is not None and not (folder/'.lock').exists()
     assert not [p for p in Path(folder).iterdir() if 'running' in p.name]
+
+
+# ablations
+
+def test_an_ablation_writes_its_table_and_what_is_done_is_not_trained_again(tmp_path):
+    how = dict(quick=True, only='hard-shared; full', options='width=8,full=8,detail=4', out=str(tmp_path))
+    run('ablate', tmp_path, **how)
+    found = json.loads((tmp_path/'ctme_ablation.json').read_text())
+    assert [r['variant'] for r in found['rows']] == ['hard-shared', 'full'] and all(r['params'] and r['step_ms'] and 0 <= r['miou'] <= 1 and r['rmse'] > 0 for r in found['rows'])
+    assert {'command', 'versions', 'protocol', 'summary'} <= set(found) and (tmp_path/'ctme_ablation.png').is_file()
+    kept = {p: p.stat().st_mtime_ns for p in tmp_path.glob('*/net-0/model.safetensors')}
+    assert len(kept) == 2
+    run('ablate', tmp_path, **how)
+    assert kept == {p: p.stat().st_mtime_ns for p in kept}
+
+def test_an_ablation_of_a_variant_that_does_not_exist_names_what_was_meant(tmp_path):
+    with pytest.raises(RunFailed, match="did you mean 'full'"): run('ablate', tmp_path, quick=True, only='ful', out=str(tmp_path))

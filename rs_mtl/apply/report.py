@@ -125,7 +125,7 @@ def _hex(palette: Sequence[Sequence[int]], i: int) -> str:
     return '#{:02x}{:02x}{:02x}'.format(*(round(v*255) for v in colour_classes([[i]], palette)[0, 0]))
 
 # %% ../../nbs/apply/73_report.ipynb #c4008b06
-SCRIPT = r'''
+_DRAW = r'''
 (() => {
 const D = JSON.parse(document.getElementById('scene').textContent), box = document.getElementById('viewer'), canvas = box.querySelector('canvas');
 const ctx = canvas.getContext('2d'), $ = s => box.querySelector(s), pics = {}, vals = {}, pointers = new Map();
@@ -155,7 +155,10 @@ function scale() {
   const per = D.gsd / zoom, rough = per * 120, ten = 10 ** Math.floor(Math.log10(rough)), m = [5, 2, 1].find(k => k * ten <= rough) * ten;
   $('.scale').style.width = m / per + 'px'; $('.scale').textContent = m >= 1000 ? m / 1000 + ' km' : m + ' m';
 }
-function at(c, r, key) {                                                        // the value under scene pixel (c, r)
+'''
+
+# %% ../../nbs/apply/73_report.ipynb #b8c19d24
+_TELL = r'''function at(c, r, key) {                                                        // the value under scene pixel (c, r)
   const v = vals[key]; if (!v) return null;
   const i = 4 * (Math.min(v.height - 1, Math.floor(r / D.height * v.height)) * v.width + Math.min(v.width - 1, Math.floor(c / D.width * v.width)));
   if (key.endsWith('mask')) return v.data[i] === 255 ? '–' : (D.classes[v.data[i]] || ['class ' + v.data[i]])[0];
@@ -174,7 +177,10 @@ function tell(px, py) {
   }
   $('.read').textContent = out.join('  ·  ');
 }
-function zoomAt(px, py, k) { k = Math.min(Math.max(zoom * k, .02), 64) / zoom; x0 = px - (px - x0) * k; y0 = py - (py - y0) * k; zoom *= k; draw(); }
+'''
+
+# %% ../../nbs/apply/73_report.ipynb #0a56087b
+_MOVE = r'''function zoomAt(px, py, k) { k = Math.min(Math.max(zoom * k, .02), 64) / zoom; x0 = px - (px - x0) * k; y0 = py - (py - y0) * k; zoom *= k; draw(); }
 const here = e => { const r = canvas.getBoundingClientRect(); return [e.clientX - r.left, e.clientY - r.top]; };
 $('.stage').addEventListener('wheel', e => { e.preventDefault(); zoomAt(...here(e), Math.exp(-e.deltaY * .0015)); }, { passive: false });
 canvas.addEventListener('pointerdown', e => { canvas.setPointerCapture(e.pointerId); pointers.set(e.pointerId, here(e)); tell(...here(e)); });
@@ -201,6 +207,8 @@ Promise.all([...D.layers.map(async l => pics[l.name] = { img: await load(l.url),
 })]).then(() => { new ResizeObserver(size).observe(canvas); box.dataset.ready = '1'; });
 })();
 '''
+
+SCRIPT = _DRAW + _TELL + _MOVE
 
 # %% ../../nbs/apply/73_report.ipynb #41d80727
 def _viewer_html(scene: Mapping[str, Any]) -> str:

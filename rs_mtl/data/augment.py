@@ -183,6 +183,7 @@ def _mean(x: Tensor, seen: Tensor) -> Tensor:
     "Of each band, over what is seen."
     return x.mean((1, 2)) if bool(seen.all()) else torch.where(seen, x, 0).sum((1, 2))/seen.sum().clamp(min=1)
 
+# %% ../../nbs/data/25_augment.ipynb #155ffa36
 def day(x: Tensor,                      # (bands,H,W) reflectance, for its means
         seen: Tensor,                   # (1,H,W) where it holds something
         rng: np.random.Generator,
@@ -205,6 +206,7 @@ def relit(x: Tensor, curve: tuple[Tensor, Tensor, float]) -> Tensor:
     y = x.pow(gamma) if x.numel() and float(x.min()) >= 0 else x.abs().pow_(gamma).copysign_(x)
     return y.mul_(factor).add_(offset)
 
+# %% ../../nbs/data/25_augment.ipynb #376dcfa2
 def _spread(x: Tensor, weights: Sequence[float], dim: int) -> Tensor:
     "The weighted sum of neighbours along one dimension; outside lie zeros."
     n, r = x.shape[dim], len(weights)//2
@@ -225,6 +227,7 @@ def blurred(x: Tensor,        # (bands,H,W)
     else: x, total = torch.where(seen, x, 0), _spread(_spread(seen.to(x.dtype), w, 1), w, 2)
     return _spread(_spread(x, w, 1), w, 2)/total.clamp(min=1e-12)
 
+# %% ../../nbs/data/25_augment.ipynb #78ba31bf
 def _normal(x: Tensor, rng: np.random.Generator) -> Tensor:
     "Normal numbers, drawn on the CPU: the same on every device."
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**62)))).to(x.device)

@@ -183,6 +183,7 @@ class Tally:
                 self.first[name] = (row + at//x.shape[1], at % x.shape[1])
             self.codes[name] = self.codes.get(name, 0) + n
 
+# %% ../../nbs/data/28_census.ipynb #563d3dab
 def _counted(x: np.ndarray) -> dict[int, int]:
     "How often each number occurs; labels come in runs, so few of them need sorting."
     if not x.size: return {}

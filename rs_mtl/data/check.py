@@ -118,6 +118,7 @@ def _holes(tallies: Sequence[Tally]) -> Rule:
         unlit = [t for t in mine if t.unlit]
         if unlit: yield Finding('problem', 'range', f'the {layer} of {len(unlit)} of {len(mine)} places holds power of 0 or less, which has no logarithm: {few(f"{t.place} ({t.unlit:,} numbers)" for t in unlit)}', 'set nodata=0 if it means missing, or floor_db if it means very dark', tuple(t.place for t in unlit))
 
+# %% ../../nbs/data/28_check.ipynb #93687a72
 def _ranges(stock: Stock, tallies: Sequence[Tally], spreads: Mapping[str, list[Spread]]) -> Rule:
     "Units that cannot be what they are said to be."
     for layer, bands in spreads.items():
@@ -134,6 +135,7 @@ def _ranges(stock: Stock, tallies: Sequence[Tally], spreads: Mapping[str, list[S
         if full: yield Finding('warning', 'range', f'the {layer} is saturated: ' + few(f'{share:.1%} of {n} is the largest number of its type' for n, share in full), 'such values are at least that large; keep it in mind, or declare them nodata')
         if source and source.clip: yield from _clipped(layer, low, high, source)
 
+# %% ../../nbs/data/28_check.ipynb #1fe15055
 def _clipped(layer: str, low: float, high: float, source: Source) -> Rule:
     if low < source.clip[0] or high > source.clip[1]:  # type: ignore[index]
         yield Finding('warning', 'range', f'the {layer} goes from {low:.4g} to {high:.4g} (0.1 to 99.9 %) and is clipped to {source.clip[0]:g} … {source.clip[1]:g}', 'as the table says; widen clip= if these values matter')  # type: ignore[index]
@@ -178,6 +180,7 @@ def _twins(stock: Stock, tallies: Sequence[Tally]) -> Rule:
     same = [(p, ls) for (p, _), ls in by_place.items() if len(ls) > 1 and p not in cloudless]
     if same: yield Finding('problem', 'duplicate', f'{" and ".join(same[0][1])} are the same to the last pixel in {len(same)} places: {few(p for p, _ in same)}', 'one of them was copied under the name of the other', tuple(p for p, _ in same))
 
+# %% ../../nbs/data/28_check.ipynb #1f66cf2c
 def _box(head: Any) -> tuple[float, float, float, float]:
     "West, south, east and north of a raster, in its own coordinates."
     h, w = head.shape
@@ -210,6 +213,7 @@ def _overlaps(boxes: np.ndarray, splits: Sequence[str]) -> Iterator[tuple[int, i
         share = common/np.maximum(np.minimum(area[k], area[others]), 1e-12)
         for m in np.flatnonzero((share > 0) & (s[others] != s[k])): yield int(order[k]), int(order[k + 1 + m]), float(share[m])
 
+# %% ../../nbs/data/28_check.ipynb #9c63cb4b
 def _leaks(stock: Stock, pairs: Sequence[tuple[str, str, float]], how: str) -> Rule:
     "One finding for each pair of splits."
     by_split: dict[tuple[str, ...], list[tuple[str, str, float]]] = {}

@@ -251,6 +251,7 @@ def _png(fig: Any) -> bytes:
     fig.savefig(buffer, format='png', dpi=fig.dpi)
     return buffer.getvalue()
 
+# %% ../../nbs/data/28_check_report.ipynb #0fcbcccb
 def _draw_classes(ax: Any, report: Report) -> None:
     "Share of each class, a bar per split."
     classes = report._classes()
@@ -278,6 +279,7 @@ def _draw_values(ax: Any, report: Report) -> None:
     ax.tick_params(length=0, labelsize=8)
     ax.invert_yaxis(); ax.set_frame_on(False)
 
+# %% ../../nbs/data/28_check_report.ipynb #3e56cae5
 def _shown(report: Report, places: int) -> list[tuple[str, list[tuple[str, np.ndarray, dict[str, Any]]]]]:
     "The middle of the first place of each split that can be read."
     out: list[tuple[str, list[tuple[str, np.ndarray, dict[str, Any]]]]] = []

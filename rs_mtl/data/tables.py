@@ -73,6 +73,7 @@ class Place:
         "As `Scene.read`."
         return self.scene.read(*args, **kwargs)
 
+# %% ../../nbs/data/26_tables.ipynb #07753bb7
 _KEPT = threading.local()
 
 def _open_scene(p: Place) -> Any:

@@ -215,6 +215,36 @@ class Places:
             out[poor] = self.draw(rng, kind[poor])
         return out
 
+# %% ../../nbs/data/24_windows.ipynb #f3b86abb
+def _agree(scenes: Sequence[Any], layers: Sequence[str] | None, balance: bool) -> float | None: # metres per pixel, where they are known
+    "All scenes must speak of the same: layers, bands, classes."
+    first = scenes[0]
+    wanted = set(first.layers) if layers is None else set(layers)
+    for s in scenes:
+        if (other := wanted - set(s.layers)) or layers is None and (other := set(s.layers) - wanted):
+            raise ConfigError(f'{_name(s)} has the layers {", ".join(s.layers)}, {_name(first)} has {", ".join(first.layers)}: {", ".join(sorted(other))} is not in all', 'the same layers in all scenes', 'name those that all have with layers=')
+        for layer, what in (('image', 'bands'), ('sar', 'sar_bands'), ('mask', 'classes')):
+            if (layer in wanted or layer == 'mask' and balance) and getattr(s, what) != getattr(first, what):
+                raise BandError(f'{what} of {_name(s)} are {getattr(s, what)}, those of {_name(first)} {getattr(first, what)}', 'the same in all scenes', 'name the bands or classes when you open the scene, or keep such scenes apart')
+    known = [g for g in {s.gsd for s in scenes} if g]
+    if known and max(known) > 1.05*min(known):
+        warnings.warn(f'pixels are from {min(known):g} to {max(known):g} m in size, and a net that learns from both sees things in two sizes', stacklevel=3)
+    return float(np.median(known)) if known else None
+
+# %% ../../nbs/data/24_windows.ipynb #9bb9473d
+def _look(windows: 'Windows') -> Places:
+    "Look where classes and data are; say what is nowhere."
+    cell = max(windows.step, int(windows.size.min())//4//windows.step*windows.step)
+    cells = [index_scene(s, cell, tuple(windows.min_valid), windows.balance, windows.step) for s in progress(windows.scenes, 'look where data is', leave=False)]
+    places = Places(windows.shapes, cells, windows.size, windows.step, windows.min_valid, windows.balance)
+    empty = sorted(set(range(len(windows.scenes))) - set(places.scene.tolist()))
+    what = f'window of {windows.size[0]} x {windows.size[1]} with ' + (', '.join(f'{v:.0%} of {k}' for k, v in windows.min_valid.items()) or 'a class')
+    if len(empty) == len(windows.scenes): raise DataError(f'no scene has a {what}, from {_name(windows.scenes[0])} to {_name(windows.scenes[-1])}', 'data in at least one', 'take smaller windows, lower min_valid, or check the nodata of the layers')
+    if empty: warnings.warn(f'{len(empty)} of {len(windows.scenes)} scenes have no {what} and are never drawn: {", ".join(_name(windows.scenes[i]) for i in empty[:5])}', stacklevel=4)
+    missing = [c for i, c in enumerate(windows.classes) if i not in places.kinds] if windows.balance else []
+    if missing: warnings.warn(f'{", ".join(map(repr, missing))} cannot be balanced: no {what} {"holds it" if len(missing) == 1 else "holds them"} in {len(windows.scenes)} scenes', stacklevel=4)
+    return places
+
 # %% ../../nbs/data/24_windows.ipynb #8f6b5787
 class Windows(Dataset):
     "Samples from windows of scenes: `n` random ones per epoch, or a grid that covers every pixel."
@@ -241,46 +271,19 @@ class Windows(Dataset):
             raise DataError(f'{len(small)} of {len(self.scenes)} scenes are smaller than the window of {self.size[0]} x {self.size[1]}; the first is {_name(self.scenes[small[0]])} with {self.shapes[small[0]].tolist()}',
                             'scenes at least as large', 'take smaller windows, leave the scene out, or strict=False')
         if balance and any('mask' not in s.layers for s in self.scenes): raise ConfigError('balance without a mask', 'scenes with the layer mask', 'balance=False')
-        self._agree(balance)
+        first = self.scenes[0]
+        self.gsd = _agree(self.scenes, self.layers, balance)
+        self.bands, self.sar_bands, self.classes, self.palette = first.bands, first.sar_bands, first.classes, first.palette
         self.min_valid = _min_valid(min_valid, self.layers or list(self.scenes[0].layers))
         if n is None and (balance or self.min_valid):
             raise ConfigError(f"{'balance' if balance else 'min_valid'} with a grid, which covers every pixel", 'n random windows', 'pass n=')
         if n is not None and stride is not None: raise ConfigError(f'n={n} random windows and stride={stride} of a grid', 'one of them')
         self.n, self.balance = n, balance
-        self.places = self._index() if balance or self.min_valid else None
+        self.places = _look(self) if balance or self.min_valid else None
         self._grid = grid_windows(self.shapes, self.size.tolist(), stride, self.step) if n is None else None
         if n is not None and n < 1: raise ConfigError(f'n={n} windows', 'at least one')
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._plan: tuple[int, np.ndarray, np.ndarray] | None = None
-
-    def _agree(self, balance: bool) -> None:
-        "All scenes must speak of the same: layers, bands, classes."
-        first = self.scenes[0]
-        wanted = set(first.layers) if self.layers is None else set(self.layers)
-        for s in self.scenes:
-            if (other := wanted - set(s.layers)) or self.layers is None and (other := set(s.layers) - wanted):
-                raise ConfigError(f'{_name(s)} has the layers {", ".join(s.layers)}, {_name(first)} has {", ".join(first.layers)}: {", ".join(sorted(other))} is not in all', 'the same layers in all scenes', 'name those that all have with layers=')
-            for layer, what in (('image', 'bands'), ('sar', 'sar_bands'), ('mask', 'classes')):
-                if (layer in wanted or layer == 'mask' and balance) and getattr(s, what) != getattr(first, what):
-                    raise BandError(f'{what} of {_name(s)} are {getattr(s, what)}, those of {_name(first)} {getattr(first, what)}', 'the same in all scenes', 'name the bands or classes when you open the scene, or keep such scenes apart')
-        self.bands, self.sar_bands, self.classes, self.palette = first.bands, first.sar_bands, first.classes, first.palette
-        known = [g for g in {s.gsd for s in self.scenes} if g]
-        self.gsd = float(np.median(known)) if known else None
-        if known and max(known) > 1.05*min(known):
-            warnings.warn(f'pixels are from {min(known):g} to {max(known):g} m in size, and a net that learns from both sees things in two sizes', stacklevel=3)
-
-    def _index(self) -> Places:
-        "Look where classes and data are; say what is nowhere."
-        cell = max(self.step, int(self.size.min())//4//self.step*self.step)
-        cells = [index_scene(s, cell, tuple(self.min_valid), self.balance, self.step) for s in progress(self.scenes, 'look where data is', leave=False)]
-        places = Places(self.shapes, cells, self.size, self.step, self.min_valid, self.balance)
-        empty = sorted(set(range(len(self.scenes))) - set(places.scene.tolist()))
-        what = f'window of {self.size[0]} x {self.size[1]} with ' + (', '.join(f'{v:.0%} of {k}' for k, v in self.min_valid.items()) or 'a class')
-        if len(empty) == len(self.scenes): raise DataError(f'no scene has a {what}, from {_name(self.scenes[0])} to {_name(self.scenes[-1])}', 'data in at least one', 'take smaller windows, lower min_valid, or check the nodata of the layers')
-        if empty: warnings.warn(f'{len(empty)} of {len(self.scenes)} scenes have no {what} and are never drawn: {", ".join(_name(self.scenes[i]) for i in empty[:5])}', stacklevel=4)
-        missing = [c for i, c in enumerate(self.classes) if i not in places.kinds] if self.balance else []
-        if missing: warnings.warn(f'{", ".join(map(repr, missing))} cannot be balanced: no {what} {"holds it" if len(missing) == 1 else "holds them"} in {len(self.scenes)} scenes', stacklevel=4)
-        return places
 
     def __len__(self) -> int: return len(self._grid) if self._grid is not None else self.n  # type: ignore[return-value]
     def __repr__(self) -> str: return f'Windows({len(self)} of {self.size[0]}x{self.size[1]} from {len(self.scenes)} scenes)'

@@ -148,6 +148,7 @@ def _full_size(pred: Tensor, target: Tensor) -> Tensor:
     size = target.shape[-2:]
     return pred if pred.shape[-2:] == size else F.interpolate(pred, size, mode='bilinear', align_corners=False)
 
+# %% ../../nbs/training/60_losses.ipynb #d1cd4def
 class Objective(nn.Module):
     "The losses of several tasks and their weighted total."
     def __init__(self,

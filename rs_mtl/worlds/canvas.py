@@ -64,6 +64,7 @@ class Stamp:
     u: np.ndarray  # metres along
     v: np.ndarray  # metres across
 
+# %% ../../nbs/worlds/14_canvas.ipynb #e6520c74
 class Canvas:
     "All layers of one scene while it is being drawn."
     def __init__(self,

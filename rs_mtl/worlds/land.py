@@ -119,6 +119,7 @@ def _town(r: np.ndarray, c: np.ndarray, gsd: float, seed: int, ragged: np.ndarra
     sort = np.array([_M[n] for n in ('concrete',) * 9 + ('dark roofs',) * 6 + ('park',)], np.uint8)
     return far, np.where(street, np.uint8(_M['street']), sort.take(block & np.uint32(15)))
 
+# %% ../../nbs/worlds/17_land.ipynb #1b198ce0
 def _country(size: tuple[int, int], origin: Sequence[float], gsd: float, seed: int) -> dict[str, np.ndarray]:
     "Material, parcel number, border distance, furrows and slope of every pixel in a window."
     k, s = 10 / gsd, [_key(seed, 30, i) for i in range(16)]
