@@ -484,3 +484,12 @@ def test_two_processes_find_the_plan_of_one(tmp_path, n, cut, marginal, strength
 def test_a_bad_score_in_one_process_stops_all(tmp_path):
     mine, other = two_processes(tmp_path, 30_000, 7_000, spoil=True)
     assert 'class 3, pixel 22999' in other and 'another process' in mine
+
+
+@pytest.mark.parametrize('shape', [(7, 65_536), (3, 5), (1, 9), (19, 16_385)])
+def test_the_softmax_in_place_that_a_block_relies_on_is_the_ordinary_one(shape):
+    "torch does not promise that `out` may be the input; the day that it may not, this says so."
+    z = 20*torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = torch.softmax(z, 0)
+    torch.softmax(z, 0, out=z)
+    assert torch.equal(z, expected)
