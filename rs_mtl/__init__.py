@@ -19,7 +19,7 @@ _PUBLIC = {
     'Objective': 'training.losses', 'Scores': 'training.metrics', 'fit': 'training.fit', 'fit_stats': 'training.fit', 'evaluate': 'training.fit',
     'save': 'training.checkpoint', 'load': 'training.checkpoint',
     'predict_scene': 'apply.predict', 'predict_sample': 'apply.predict', 'show_sample': 'apply.figures', 'show_map': 'apply.maps',
-    'write_report': 'apply.report',
+    'write_report': 'apply.report', 'save_onnx': 'apply.onnx',
 }
 
 

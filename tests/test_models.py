@@ -141,7 +141,7 @@ def test_bfloat16_autocast_runs_and_stays_close(case):
         assert (a[k] - b[k].float()).abs().mean() < .1 * (a[k].abs().mean() + .1)
 
 
-@pytest.mark.parametrize('name', ['plain', 'plain, two sensors', 'plain, convnext'])
+@pytest.mark.parametrize('name', ['plain', 'plain, two sensors', 'plain, convnext', 'ctme', 'ctme, controls', 'ctme, own keys', 'ctme, swin'])
 def test_torch_export_gives_the_same_maps(name):
     config = dict(CASES[name])
     torch.manual_seed(0)
@@ -152,3 +152,23 @@ def test_torch_export_gives_the_same_maps(name):
         a, b = net(batch), program.module()(batch)
     for k in a:
         torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['plain, two sensors', 'ctme', 'ctme, two sensors, three tasks', 'ctme, swin'])
+def test_onnx_runtime_gives_the_same_maps(name, tmp_path):
+    ort = pytest.importorskip('onnxruntime')
+    config = dict(CASES[name])
+    torch.manual_seed(0)
+    net = rs_mtl.create_model(config.pop('model'), **config).eval()
+    for p in net.parameters():  # gains that start at zero would hide what they multiply
+        if not p.any():
+            torch.nn.init.normal_(p, std=.1)
+    batch = batch_for(CASES[name], 1, 72, 56)
+    file = rs_mtl.save_onnx(net, tmp_path / 'net.onnx', batch)
+    session = ort.InferenceSession(str(file), providers=['CPUExecutionProvider'])
+    found = dict(zip([o.name for o in session.get_outputs()], session.run(None, {k: v.numpy() for k, v in batch.items()}), strict=True))
+    with torch.no_grad():
+        a = net(batch)
+    assert found.keys() == a.keys()
+    for k in a:
+        torch.testing.assert_close(torch.from_numpy(found[k]), a[k], rtol=1e-3, atol=1e-3)

@@ -323,12 +323,15 @@ def test_the_global_generators_are_left_alone(scenes):
     list(Windows(scenes, 16, n=8, balance=True, min_valid=.5))
     assert torch.equal(before, torch.get_rng_state()) and np.array_equal(here, np.random.get_state()[1])
 
-def open_files(pid='self'): return len(os.listdir(f'/proc/{pid}/fd'))
+def open_files(pid='self'):
+    "The files of a disk that a process holds open; batches on their way between processes are no files, and come and go."
+    links = [f'/proc/{pid}/fd/{n}' for n in os.listdir(f'/proc/{pid}/fd')]
+    targets = [os.readlink(p) for p in links if os.path.islink(p)]
+    return sorted(t for t in targets if t.startswith('/') and not t.startswith(('/dev', '/proc', '/torch_')))
 
 def rasters_open(pid='self'):
     "The rasters that a process holds open."
-    links = [f'/proc/{pid}/fd/{n}' for n in os.listdir(f'/proc/{pid}/fd')]
-    return [os.readlink(p) for p in links if os.path.islink(p) and os.readlink(p).endswith('.tif')]
+    return [t for t in open_files(pid) if t.endswith('.tif')]
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='open files are counted in /proc')
 def test_no_file_is_left_open_after_epochs_with_and_without_workers(scenes):
@@ -362,7 +365,7 @@ def test_more_scenes_than_a_process_may_hold_open(tmp_path):
     scene = make(tmp_path)
     scenes = [pickle.loads(pickle.dumps(scene)) for _ in range(400)]
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files() + 300, limit[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) + 300, limit[1]))
     try: assert len(list(Windows(scenes, 90))) == 800
     finally: resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
