@@ -28,6 +28,7 @@ def pad_to(x: Tensor,       # (B,C,H,W)
 # %% ../../nbs/models/50_net.ipynb #c038fd24
 class MultiTaskNet(nn.Module):
     "From a batch dictionary to a dictionary of maps; subclasses write `maps`."
+    optional: tuple[str, ...] = ()  # inputs that a prediction can do without, as long as one of them is there
     def __init__(self,
                  bands: int,                                  # optical bands; 0 for none
                  sar_bands: int = 0,                          # radar bands; 0 for none
@@ -49,9 +50,17 @@ class MultiTaskNet(nn.Module):
         "From normalised streams to maps of the same size; this is where a model's idea lives."
         raise NotImplementedError
 
+    def seen(self, layer: str, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        "What the net may see of a normalised stream: everything, unless a model says otherwise."
+        return x
+
+    def found(self, batch: dict[str, Tensor]) -> tuple[str, ...]:
+        "The inputs to read: all of them, or those that are there where a prediction can do without some."
+        return tuple(k for k in self.inputs if k in batch or self.training or k not in self.optional) or self.inputs
+
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        streams = {k: self._stream(k, batch) for k in self.inputs}
-        height, width = self._size(batch)
+        streams = {k: self._stream(k, batch) for k in self.found(batch)}
+        height, width = self._size({k: batch[k] for k in streams})
         try: return {k: m[..., :height, :width] for k, m in self.maps(streams).items()}
         except ValueError as e:  # PyTorch's own words name neither the layer nor the way out
             if 'more than 1 value per channel' not in str(e): raise
@@ -59,22 +68,23 @@ class MultiTaskNet(nn.Module):
                               "use batch_size >= 2 or larger windows, build the net with norm='group', or call net.eval() if nothing is trained") from e
 
     def _size(self, batch: dict[str, Tensor]) -> tuple[int, int]:
-        "Rows and columns of the batch, the same in all streams."
-        shapes = {k: (batch[k].shape[0], *batch[k].shape[-2:]) for k in self.inputs}
-        first = shapes[self.inputs[0]]
+        "Rows and columns of the streams, the same in all."
+        shapes = {k: (x.shape[0], *x.shape[-2:]) for k, x in batch.items()}
+        first = next(iter(shapes.values()))
         if len(set(shapes.values())) > 1: raise DataError('the streams differ: ' + ', '.join(f'{k} with {n} items of {h}x{w}' for k, (n, h, w) in shapes.items()), 'the same items and pixels in each', 'read them as one scene')
         return first[1], first[2]
 
     def _stream(self, layer: str, batch: dict[str, Tensor]) -> Tensor:
         "One input layer, checked, normalised and padded."
-        if layer not in batch: raise DataError(f'the batch has no {layer!r}, only {sorted(batch)}', f'{" and ".join(self.inputs)}, as the net was built', 'add that layer, or build a net without it')
+        if layer not in batch: raise DataError(f'the batch has no {layer!r}, only {sorted(batch)}', f'{" and ".join(self.inputs)}, as the net was built',
+                                               'add that layer; net.eval() answers without it' if self.training and layer in self.optional else 'add that layer, or build a net without it')
         x, norm = batch[layer], self.normalise[layer]
         if x.ndim != 4: raise DataError(f'{layer} of shape {tuple(x.shape)}', '(B, bands, H, W)', 'one sample alone needs x[None]')
         if 0 in x.shape: raise DataError(f'{layer} of shape {tuple(x.shape)} is empty', 'at least one item, band and pixel', 'leave the empty batch out, or build a net without that sensor')
         if x.shape[1] != len(norm.mean):  # type: ignore[arg-type]
             names = self.meta.get('bands' if layer == 'image' else 'sar_bands', [])
             raise BandError(f'{layer} with {x.shape[1]} bands', f'{len(norm.mean)}{" (" + ", ".join(names) + ")" if names else ""}, as this net was built for', 'select the bands in that order, or train a net for yours')  # type: ignore[arg-type]
-        return pad_to(norm(x, batch.get(valid_key(layer))), self.multiple)
+        return pad_to(self.seen(layer, norm(x, batch.get(valid_key(layer))), batch), self.multiple)
 
     def set_stats(self, stats: dict[str, tuple[Sequence[float], Sequence[float]]] # layer -> (mean, std), a number per band
                  ) -> None:
