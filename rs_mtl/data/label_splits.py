@@ -45,7 +45,7 @@ def count_of(fraction: Fraction | int, places: int) -> int:
 
 # %% ../../nbs/data/26_label_splits.ipynb #47935bc1
 def with_every_class(order: Sequence[str],             # as `shuffled` gives it
-                     holds: Mapping[str, Sequence[bool]] # name -> which classes it holds
+                     holds: Mapping[str, Any]             # name -> which classes it holds
                     ) -> tuple[list[str], int]:        # the order with the first holders in front; how many those are
     "An order whose beginnings hold every class that there is."
     table = np.array([holds[name] for name in order], bool)             # (places, classes)
@@ -62,7 +62,7 @@ def _holds(names: Sequence[str], histograms: Any, classes: Sequence[str], least:
     if table.ndim != 2 or len(table) != len(names): raise ConfigError(f'histograms of shape {table.shape} for {len(names)} places', '(places, classes)', 'count them with class_counts')
     if classes and len(classes) != table.shape[1]: raise ConfigError(f'histograms of {table.shape[1]} classes and {len(classes)} class names', 'as many names as classes')
     held = table >= least
-    if lost := [_class(c, classes) for c in np.flatnonzero(~held.any(0))]:
+    if lost := [_class(c, classes) for c in np.flatnonzero(~held.any(0)).tolist()]:
         told = DataError(f'no place of {len(names)} holds {least} pixels of {", ".join(lost)}', 'every class in at least one place', "take more places or fewer pixels with least=; absent='warn' goes on without that class")
         if absent == 'error': raise told
         warnings.warn(str(told), stacklevel=3)
@@ -109,7 +109,7 @@ def label_split(names: Sequence[str],                # of scenes, or of tiles wh
         order, needed = with_every_class(drawn, holds)
         if k < needed:
             lost = np.flatnonzero(~np.any([holds[n] for n in order[:k]], 0) & np.any(list(holds.values()), 0))
-            raise ConfigError(f'labels for {k} of {len(names)} places ({fraction}) leave out {", ".join(_class(c, classes) for c in lost)}', f'at least {needed} places, which hold every class', f'ask for labels={needed} or more, draw with another seed, or draw tiles instead of scenes')
+            raise ConfigError(f'labels for {k} of {len(names)} places ({fraction}) leave out {", ".join(_class(int(c), classes) for c in lost)}', f'at least {needed} places, which hold every class', f'ask for labels={needed} or more, draw with another seed, or draw tiles instead of scenes')
     return Split(tuple(order[:k]), tuple(order[k:]), str(share), int(seed), tuple(sorted(set(order[:k]) - set(drawn[:k]))))
 
 # %% ../../nbs/data/26_label_splits.ipynb #3548389c
@@ -129,8 +129,12 @@ def read_split(path: str | Path,                     # as `write_split` wrote it
         raise DataError(f"'{path}' is no split: it has no {missing[0] if isinstance(told, dict) else 'keys'}", 'the JSON of write_split')
     split = Split(tuple(told['labelled']), tuple(told['unlabelled']), told['fraction'], told['seed'], tuple(told.get('swapped', ())))
     if split.hash != told['sha256']: raise DataError(f"the split '{path}' was changed: its SHA-256 is {split.hash[:16]}…", f'{str(told["sha256"])[:16]}… as it says itself', 'draw it again with label_split, or write a new one with write_split')
-    if names is not None and (lost := sorted({*split.labelled, *split.unlabelled} ^ set(names))):
-        raise DataError(f"the split '{path}' speaks of other places: {', '.join(lost[:5])}{f' and {len(lost) - 5} more' if len(lost) > 5 else ''}", f'the {len(names)} places of the data set', 'was it written for this data set and this part of it?')
+    return split if names is None else _fits(split, names, f"'{path}'")
+
+def _fits(split: Split, names: Sequence[str], what: str) -> Split:
+    "A split of exactly these places."
+    if lost := sorted({*split.labelled, *split.unlabelled} ^ set(names)):
+        raise DataError(f"the split {what} speaks of other places: {', '.join(lost[:5])}{f' and {len(lost) - 5} more' if len(lost) > 5 else ''}", f'the {len(names)} places of the data set', 'was it written for this data set and this part of it?')
     return split
 
 # %% ../../nbs/data/26_label_splits.ipynb #121302a0
@@ -190,9 +194,10 @@ def take(data: Any, names: Sequence[str], note: str = '') -> Any: # a data set o
 def divide(data: Any,                           # a data set of samples with a mask
            fraction: str | float | int | Split, # share of the places that keeps its labels; or a split that was drawn
            seed: int = 0,
-           absent: str = 'error'                # a class that is nowhere: 'error' or 'warn'
+           absent: str = 'error',               # a class that is nowhere: 'error' or 'warn'
+           every_class: bool = True             # see that each class has its place
           ) -> tuple[Any, Any, Split]:          # the labelled part, the others, and the draw
     "Cut a data set into the places that keep their labels and those that do not."
-    split = fraction if isinstance(fraction, Split) else label_split(place_names(data), fraction, seed, class_counts(data), data.classes, absent=absent)
+    split = _fits(fraction, place_names(data), fraction.hash[:16]) if isinstance(fraction, Split) else label_split(place_names(data), fraction, seed, class_counts(data) if every_class else None, data.classes, absent=absent)
     if not split.unlabelled: raise ConfigError(f'labels={split.fraction} keeps every label of {len(place_names(data))} places', 'a smaller share', "labels='1/2', or train without a method for unlabelled places")
     return take(data, split.labelled, str(split)), take(data, split.unlabelled, str(split)), split

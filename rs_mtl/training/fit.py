@@ -156,6 +156,7 @@ class Task(nn.Module):
         self.net, self.objective = net, objective
 
     def forward(self, batch: dict[str, Tensor], drop: bool = False) -> dict[str, Tensor]:
+        if hasattr(self.objective, 'learn'): return self.objective.learn(self.net, batch)
         out = self.net(batch)
         losses = self.objective(out, batch)
         if not drop: return losses
@@ -174,6 +175,7 @@ class Learner:
     def __init__(self, net: nn.Module, objective: Callable, acc: Any, opt: Mapping[str, Any], ways: _Ways):
         self.acc, self.opt, self.ways = acc, opt, ways
         if ways.channels_last: net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if hasattr(objective, 'begin'): objective.begin(net, opt.get('seed', 0), ways.rank)
         self.task = Task(net, objective).to(ways.device).train()
         self.adam = make_adamw(self.task, opt['lr'], opt['weight_decay'])
         self.wrapped, self.optimizer = acc.prepare(self.task, self.adam)
@@ -182,6 +184,8 @@ class Learner:
     def step(self, batch: dict[str, Tensor], step: int, steps: int) -> dict[str, float]:
         "Step number `step` of `steps`; the losses as numbers."
         for g in self.adam.param_groups: g['lr'] = self.rate(step, steps)
+        objective: Any = self.task.objective
+        if hasattr(objective, 'before_step'): objective.before_step(step, steps)
         losses = self.wrapped(to_device(batch, self.ways.device, self.ways.channels_last), drop=self.opt['on_nan'] == 'drop_task')
         self.acc.backward(losses['total'])
         norm = self.acc.clip_grad_norm_(self.task.parameters(), self.opt['clip'])
@@ -189,6 +193,7 @@ class Learner:
         self.check(numbers, batch, step)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if hasattr(objective, 'after_step'): objective.after_step(self.task.net, numbers)
         return numbers
 
     def rate(self, step: int, steps: int) -> float:
@@ -223,7 +228,7 @@ def signature(net: nn.Module, objective: Callable, data: Mapping[str, Any], opt:
     "What decides the result of a run, as plain JSON."
     told = {'net': getattr(net, 'config', {}) or type(net).__name__, 'processes': ways.world, 'precision': ways.precision, 'planned steps': steps,
             **{k: opt[k] for k in ('batch_size', 'lr', 'weight_decay', 'warmup', 'clip', 'seed', 'monitor')},
-            'objective': {k: getattr(objective, k) for k in ('tasks', 'weights', 'weighting', 'aux')} if isinstance(objective, Objective) else type(objective).__name__}
+            'objective': {k: getattr(objective, k) for k in ('tasks', 'weights', 'weighting', 'aux')} if isinstance(objective, Objective) else getattr(objective, 'settings', type(objective).__name__)}
     for name, d in data.items():
         told |= {f'{name} items': 0 if d is None else len(d), f'{name} data': ', '.join(filter(None, (getattr(d, 'name', ''), getattr(d, 'treatment', '')))), f'{name} classes': getattr(d, 'classes', ())}
     return json.loads(json.dumps(told, default=str))
@@ -293,20 +298,24 @@ def _asked(run: Run, stop: Stop, ways: _Ways) -> bool:
 # %% ../../nbs/training/64_fit.ipynb #02457231
 def _epoch(run: Run, learner: Learner, keeper: Keeper, batches: Iterator[dict[str, Tensor]], bar: Any, stop: Stop) -> float: # seconds
     "The rest of one epoch, or of the run, or until somebody asks to stop."
-    start = time.perf_counter()
+    start, quiet = time.perf_counter(), ('gradient', *_numbers(learner))
     for batch in batches:
         numbers = learner.step(batch, run.step, run.steps)
         run.step += 1; run.done += 1
         for k, v in numbers.items(): run.sums[k] = run.sums.get(k, 0.) + (v if math.isfinite(v) else 0.)
-        bar.set_postfix({'epoch': run.epoch + 1, **{'loss' if k == 'total' else k: f'{v/run.done:.3f}' for k, v in run.sums.items() if k != 'gradient'}}, refresh=False)
+        bar.set_postfix({'epoch': run.epoch + 1, **{'loss' if k == 'total' else k: f'{v/run.done:.3f}' for k, v in run.sums.items() if k not in quiet}}, refresh=False)
         bar.update()
         if time.monotonic() - keeper.saved > learner.opt['save_every']: keeper.state()
         if _asked(run, stop, learner.ways) or run.step >= run.steps: break
     return time.perf_counter() - start
 
-def _row(run: Run, lr: float, items: int, seconds: float, result: Any) -> dict[str, Any]:
+def _numbers(learner: Learner) -> tuple[str, ...]:
+    "What the objective gives besides losses."
+    return tuple(getattr(learner.task.objective, 'numbers', ()))
+
+def _row(run: Run, lr: float, items: int, seconds: float, result: Any, numbers: Sequence[str] = ()) -> dict[str, Any]:
     "A row of history, for the epoch that just ended."
-    names = {'total': 'loss', 'gradient': 'gradient'}
+    names = {'total': 'loss', 'gradient': 'gradient'} | {k: k for k in numbers}
     row: dict[str, Any] = {'epoch': run.epoch, 'step': run.step, 'lr': lr} | {names.get(k, f'loss_{k}'): v/run.done for k, v in run.sums.items()}
     if result: row |= {f'val_{k}': v if math.isfinite(v) else None for k, v in result['values'].items() if isinstance(v, (int, float))}
     return row | {'seconds': round(seconds, 3), 'items_per_second': round(items/max(seconds, 1e-9), 2)}
@@ -328,7 +337,7 @@ def _run(run: Run, learner: Learner, keeper: Keeper, batches: Batches, train: An
             if run.stopped and run.done < len(batches): break  # in the middle of an epoch
             run.epoch += 1
             result = _evaluate(learner.task.net, val, learner.task.objective, ways) if val is not None else None
-            row = _row(run, learner.rate(run.step - 1, run.steps), (run.done - before)*batches.batch_size, seconds, result)
+            row = _row(run, learner.rate(run.step - 1, run.steps), (run.done - before)*batches.batch_size, seconds, result, _numbers(learner))
             run.history.append(row); run.done = 0; run.sums = {}
             if _better(row, run.best, learner.opt['monitor']): run.best = row; keeper.best(result)
             keeper.state()
