@@ -176,6 +176,7 @@ def _closest(name: str, known: Iterable[str]) -> str:
 # %% ../nbs/00_core.ipynb #f5310ddc
 MODELS = Registry('model', {
     'ctme': 'rs_mtl.models.ctme:CTME',
+    'dllr': 'rs_mtl.models.dllr:DLLR',
     'plain': 'rs_mtl.models.plain:Plain',
 })
 

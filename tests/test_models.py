@@ -30,6 +30,12 @@ CASES = {
     'ctme, convnext': dict(model='ctme', bands=3, classes=6, encoder='convnext_atto', width=16),
     'ctme, pvt': dict(model='ctme', bands=13, classes=6, encoder='pvt_v2_b0', width=16),
     'ctme, swin': dict(model='ctme', bands=3, classes=6, encoder='swin_tiny_patch4_window7_224', width=16),
+    'dllr': dict(model='dllr', bands=4, sar_bands=2, classes=7, **TINY),
+    'dllr, plain fusion': dict(model='dllr', bands=4, sar_bands=2, classes=7, masking=False, complementary=False, **TINY),
+    'dllr, one sar band': dict(model='dllr', bands=3, sar_bands=1, classes=6, complementary='mean', alone=2, **TINY),
+    'dllr, three tasks': dict(model='dllr', bands=4, sar_bands=2, classes=7, tasks=('mask', 'height', 'clear'), norm='group', detail=0, **TINY),
+    'dllr, convnext': dict(model='dllr', bands=13, sar_bands=2, classes=7, encoder='convnext_atto', width=16),
+    'dllr, pvt': dict(model='dllr', bands=4, sar_bands=2, classes=7, encoder='pvt_v2_b0', width=16),
 }
 
 
@@ -48,7 +54,8 @@ def batch_for(config, n=2, h=64, w=64, seed=0):
 
 def channels(config):
     all_ = {'mask': config['classes'], 'height': 1, 'clear': config['bands'], 'cloud_impact': 1}
-    return {t: all_[t] for t in config.get('tasks', ('mask', 'height'))}
+    if config['model'] != 'dllr': return {t: all_[t] for t in config.get('tasks', ('mask', 'height'))}
+    return {f'{t}{own}': all_[t] for t in config.get('tasks', ('mask',)) for own in ('', '_image', '_sar')}  # while training, each sensor answers, too
 
 
 def test_forward_and_backward_reach_every_parameter(case):
@@ -97,7 +104,7 @@ def test_wrong_bands_are_refused(case):
     with pytest.raises(BandError, match='as this net was built for'):
         net({**batch, key: torch.rand(2, batch[key].shape[1] + 1, 64, 64)})
     with pytest.raises(DataError, match='the batch has no'):
-        net({k: v for k, v in batch.items() if k != key})
+        net.train()({k: v for k, v in batch.items() if k != key})
 
 
 def test_config_is_json_and_builds_the_same_net(case):
@@ -141,7 +148,7 @@ def test_bfloat16_autocast_runs_and_stays_close(case):
         assert (a[k] - b[k].float()).abs().mean() < .1 * (a[k].abs().mean() + .1)
 
 
-@pytest.mark.parametrize('name', ['plain', 'plain, two sensors', 'plain, convnext', 'ctme', 'ctme, controls', 'ctme, own keys', 'ctme, swin'])
+@pytest.mark.parametrize('name', ['plain', 'plain, two sensors', 'plain, convnext', 'ctme', 'ctme, controls', 'ctme, own keys', 'ctme, swin', 'dllr', 'dllr, three tasks', 'dllr, convnext'])
 def test_torch_export_gives_the_same_maps(name):
     config = dict(CASES[name])
     torch.manual_seed(0)
@@ -154,7 +161,7 @@ def test_torch_export_gives_the_same_maps(name):
         torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', ['plain, two sensors', 'ctme', 'ctme, two sensors, three tasks', 'ctme, swin'])
+@pytest.mark.parametrize('name', ['plain, two sensors', 'ctme', 'ctme, two sensors, three tasks', 'ctme, swin', 'dllr', 'dllr, one sar band'])
 def test_onnx_runtime_gives_the_same_maps(name, tmp_path):
     ort = pytest.importorskip('onnxruntime')
     config = dict(CASES[name])
