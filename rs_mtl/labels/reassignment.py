@@ -173,6 +173,8 @@ class Assigner(nn.Module):
         if labels.dim() != 3 or labels.is_floating_point(): raise ConfigError(f'labels of shape {tuple(labels.shape)}, {labels.dtype}', '(B, H, W) of whole numbers')
         if bool((known & ((labels < 0) | (labels >= self.classes))).any()):
             raise LabelError(f'labels hold {sorted(set(labels[known].unique().tolist()) - set(range(self.classes)))}', f'0 to {self.classes - 1}, or {IGNORE} for ignore')
+        if logits is not None and (logits.dim() != 4 or (logits.shape[0], *logits.shape[2:]) != tuple(labels.shape)):
+            raise ConfigError(f'logits of shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}', '(B, C, H, W) for (B, H, W)', "give the net's answers on the labelled tiles themselves")
         counts = torch.bincount(labels[known], minlength=self.classes).double()
         self.anchor_sum += counts/max(1, labels[0].numel())
         self.tiles += counts.sum()/max(1, labels[0].numel())
@@ -254,7 +256,8 @@ class Reassigner(Assigner):
         pool, w = rows, weight
         if 'memory' in self.levels:
             store: Memory = getattr(self, kept)
-            store.push(rows, weight)
+            alive = (weight > 0).any(1)      # a tile with nothing to say pushes no other out
+            store.push(rows[alive], weight[alive])
             if len(rows) < len(store.rows): pool, w = store.rows, store.weight
         if not bool((w > 0).any()): return price
         price.copy_(settle(pool, w, self.prior, self.eps, self.strength, price).dual)
