@@ -23,7 +23,7 @@ from rs_mtl.layers.masking import Masking
 from rs_mtl.training.checkpoint import read_pair
 from rs_mtl.training.fit import evaluate, fit
 from rs_mtl.training.losses import Objective
-from rs_mtl.training.semi import METHODS, SENSORS, Target, answering, consensus, judged, look, paste, pseudo_loss, ramped, semi_objective, statistics_kept
+from rs_mtl.training.semi import METHODS, SENSORS, Target, answering, consensus, judged, look, paste, pseudo_loss, ramped, semi_objective, share_loss, statistics_kept
 from rs_mtl.worlds.land import Land
 
 HERE = Path(__file__).parent
@@ -358,6 +358,12 @@ def test_the_loss_is_the_weighted_mean_over_all_pixels_that_can_be_judged():
     labels = torch.where(valid[:, 0], labels, IGNORE)
     by_hand = sum(weight[i].item()*-logits[i[0], :, i[1], i[2]].log_softmax(0)[labels[i]].item() for i in np.ndindex(2, 6, 7) if labels[i] != IGNORE)
     assert pseudo_loss(logits, Target(labels, weight, valid)).item() == pytest.approx(by_hand/valid.sum().item(), rel=1e-5)
+    for loss, shares in ((pseudo_loss, None), (share_loss, torch.rand(2, 5, 6, 7, generator=g))):  # a NaN where nothing can be judged stays there
+        target = Target(labels, weight, valid, shares)
+        spoilt = torch.where(valid, logits, torch.nan).requires_grad_()
+        value = loss(spoilt, target)
+        value.backward()
+        assert torch.equal(value, loss(logits, target)) and value > 0 and spoilt.grad.isfinite().all()
     nothing = Target(torch.full_like(labels, IGNORE), weight, torch.zeros_like(valid))
     assert pseudo_loss(logits, nothing) == 0
 
@@ -538,8 +544,53 @@ for name in ('mean_teacher', 'dllr'):
 def test_two_processes_keep_the_same_objective(tmp_path):
     (tmp_path/'pair.py').write_text(PAIR)
     said = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0', str(tmp_path/'pair.py'), str(tmp_path)],
-                          env=ENV, capture_output=True, text=True, timeout=100)
+                          env=ENV, capture_output=True, text=True, timeout=300)
     assert said.returncode == 0, said.stderr[-3000:]
     for name in ('mean_teacher', 'dllr'):
         (row,) = read_pair(tmp_path/name, 'state')[1]['run']['history'][-1:]
         assert row['step'] == 6 and row['kept'] > .9 and row['val_pixels'] == 4*24*24
+
+
+# the command line
+
+def history(folder):
+    import csv
+    return list(csv.DictReader(open(folder/'history.csv')))
+
+TINY = {'quick': True, 'encoder': 'mobilenetv3_small_050', 'options': 'width=8,full=8,detail=4'}
+
+def test_a_run_with_a_share_of_the_labels_trains_dllr_and_leaves_its_split(tmp_path):
+    from rs_mtl.apply.runs import run
+    run('train', tmp_path/'a', model='dllr', data='land', labels='1/4', out=str(tmp_path/'a'), **TINY)
+    metrics = json.loads((tmp_path/'a'/'metrics.json').read_text())
+    split = read_split(tmp_path/'a'/'labels.json')
+    assert (metrics['parameters']['method'], metrics['parameters']['inputs'], metrics['labels']['sha256']) == ('dllr', 'image,sar', split.hash)
+    assert (split.fraction, len(split.labelled), metrics['items']['train']) == ('1/4', 1, 3)
+    row = history(tmp_path/'a')[-1]
+    assert float(row['unlabelled_weight']) == 1 and float(row['loss_complementary']) > 0 and 0 <= float(row['right']) <= 1
+
+TABLE = '''
+classes = ['farmland', 'city', 'village', 'water', 'forest', 'road', 'others']
+image = {pattern = '{place}/image.tif'}
+sar = {pattern = '{place}/sar.tif'}
+mask = {pattern = '{place}/mask.tif'}
+splits = {train = ['0', '1', '2'], val = ['3'], test = ['4']}
+'''
+
+def test_a_run_with_a_split_file_needs_no_label_files_of_other_places(tmp_path):
+    from rasterio.transform import from_origin
+
+    from rs_mtl.apply.runs import run
+    from rs_mtl.data.samples import write_sample
+    land = Land(5, 160, seed=2)
+    for i in range(5): write_sample(tmp_path/'data'/f'{i}', land[i], {'crs': 'EPSG:32632', 'transform': from_origin(0, 1e5*i, 10, 10)}, land.bands, land.sar_bands, land.classes, land.palette, clip=True)
+    for i in (1, 2): (tmp_path/'data'/f'{i}'/'mask.tif').unlink()
+    (tmp_path/'own.toml').write_text(TABLE)
+    write_split(label_split(['0', '1', '2'], 1, next(s for s in range(99) if label_split(['0', '1', '2'], 1, s).labelled == ('0',))), tmp_path/'split.json')
+    run('train', tmp_path/'out', model='plain', data=str(tmp_path/'own.toml'), root=str(tmp_path/'data'), labels=str(tmp_path/'split.json'), method='fixmatch', method_options='threshold=0.1', inputs='image,sar', out=str(tmp_path/'out'), **TINY)
+    row = history(tmp_path/'out')[-1]
+    assert float(row['kept']) > 0 and 'right' not in row and read_split(tmp_path/'out'/'labels.json') == read_split(tmp_path/'split.json')
+
+def test_a_method_with_all_labels_is_an_error_that_names_the_share(tmp_path):
+    from rs_mtl.apply.runs import RunFailed, run
+    with pytest.raises(RunFailed, match="labels='1/16'"): run('train', tmp_path, method='cps', out=str(tmp_path), quick=True)

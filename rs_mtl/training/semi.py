@@ -104,7 +104,7 @@ def pseudo_loss(logits: Tensor,   # (B,C,H,W)
                 target: Target
                ) -> Tensor:       # scalar
     "Weighted cross-entropy with pseudo-labels, over all pixels that can be judged."
-    each = F.cross_entropy(logits.float(), target.labels, ignore_index=IGNORE, reduction='none')
+    each = F.cross_entropy(torch.where(target.valid, logits.float(), 0), target.labels, ignore_index=IGNORE, reduction='none')
     return torch.where(target.kept, target.weight*each, 0).sum()/target.valid.sum().clamp(min=1)
 
 # %% ../../nbs/training/65_semi.ipynb #cf95318c
@@ -373,7 +373,7 @@ class MeanTeacher(SemiObjective):
 def share_loss(logits: Tensor, target: Target) -> Tensor:
     "Squared difference of probabilities, over all pixels that can be judged."
     if target.shares is None: raise ConfigError('a target without shares', 'probabilities to compare with')
-    each = (logits.float().softmax(1) - target.shares).square().sum(1)
+    each = (torch.where(target.valid, logits.float(), 0).softmax(1) - torch.where(target.valid, target.shares, 0)).square().sum(1)
     return torch.where(target.kept, target.weight*each, 0).sum()/target.valid.sum().clamp(min=1)
 
 # %% ../../nbs/training/65_semi.ipynb #ff5eba2f
