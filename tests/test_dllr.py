@@ -57,6 +57,7 @@ def test_every_pixel_is_hidden_as_often_as_the_ratio_says(disjoint):
     for ratio, name in ((.37, 'hide_image'), (.21, 'hide_sar')):
         often = out[name].float().mean(0)
         assert (often - ratio).abs().max() < 5*math.sqrt(ratio*(1 - ratio)/6000)
+    assert (mask_blocks((6000, 20, 13), .37, 8, 4).float().mean(0) - .37).abs().max() < 5*math.sqrt(.37*.63/6000)
     both = (out['hide_image'] & out['hide_sar']).float().mean()
     assert both == 0 if disjoint else abs(both - .37*.21) < .02
 

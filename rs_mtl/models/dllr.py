@@ -78,7 +78,7 @@ class DLLR(MultiTaskNet):
                  norm: str = 'batch'):                            # 'batch' or 'group', in decoders and heads
         super().__init__(bands, sar_bands, classes, tasks)
         if not bands or not sar_bands: raise ConfigError(f'bands={bands}, sar_bands={sar_bands}', 'both sensors to train with', "one may be missing at prediction; for one sensor alone build 'plain'")
-        kind = {True: 'difference', False: 'concat'}.get(complementary, complementary)  # type: ignore[call-overload]
+        kind = complementary if isinstance(complementary, str) else 'difference' if complementary else 'concat'
         if kind not in FUSIONS: raise ConfigError(f'complementary={complementary!r}', f'True, False or one of {", ".join(FUSIONS)}')
         if alone < 1: raise ConfigError(f'alone={alone}', 'a stride, such as 4')
         self.masking = _masking(masking)
