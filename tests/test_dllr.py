@@ -281,6 +281,32 @@ def test_export_with_one_sensor(net, there):
     with torch.no_grad(): torch.testing.assert_close(program.module()(batch)['mask'], net(batch)['mask'], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('there', ['image', 'sar'])
+def test_a_scene_of_one_sensor_is_mapped_by_that_sensor(there, tmp_path):
+    import rasterio
+    from rs_mtl.data.samples import write_sample
+    torch.manual_seed(1)
+    net = rs_mtl.create_model('dllr', encoder='resnet10t', width=16, full=8, detail=8).eval()
+    net.set_stats({'image': ([.1] * 4, [.1] * 4), 'sar': ([-12., -18.], [5., 5.])})
+    sample = {k: v for k, v in rs_mtl.Land(1, 64)[0].items() if k.endswith(there)}
+    place = {'crs': 'EPSG:32650', 'transform': rasterio.transform.from_origin(500_000, 3_400_000, 10, 10)}
+    files = write_sample(tmp_path / 'in', sample, place, bands=rs_mtl.Land.bands, sar_bands=rs_mtl.Land.sar_bands)
+    maps = rs_mtl.predict_scene(net, files, tmp_path / 'out', tile=64)
+    with rasterio.open(maps['mask']) as src: found = torch.from_numpy(src.read(1))
+    read = rs_mtl.Scene(files).read(0, 0, 64, 64)
+    with torch.no_grad(): expected = net({there: read[there][None]})['mask'].argmax(1)[0]
+    assert (found == expected).float().mean() > .999
+    with pytest.raises(ConfigError, match='the scene has no'): rs_mtl.predict_scene(net, {'clear': files[there]}, tmp_path / 'none')
+
+
+def test_onnx_with_one_sensor(net, tmp_path):
+    ort = pytest.importorskip('onnxruntime')
+    batch = {'image': pair(64, 64, 1)['image']}
+    session = ort.InferenceSession(str(rs_mtl.save_onnx(net, tmp_path / 'image.onnx', batch)), providers=['CPUExecutionProvider'])
+    assert [i.name for i in session.get_inputs()] == ['image']
+    with torch.no_grad(): torch.testing.assert_close(torch.from_numpy(session.run(['mask'], {'image': batch['image'].numpy()})[0]), net(batch)['mask'], rtol=1e-3, atol=1e-3)
+
+
 def test_training_on_one_sensor_is_refused(net):
     with pytest.raises(DataError, match=r'net.eval\(\) answers without it'): net.train()({'image': pair()['image']})
     net.eval()

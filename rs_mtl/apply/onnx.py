@@ -20,9 +20,10 @@ from ..core import ConfigError, DataError, whole_file
 # %% ../../nbs/apply/77_onnx.ipynb #117ff87f
 class _Flat(nn.Module):
     "A net that takes its layers one by one and answers a tuple."
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: Any, example: Mapping[str, Tensor] | None = None):
         super().__init__()
-        self.net, self.inputs, self.tasks = net, tuple(net.inputs), tuple(net.tasks)  # type: ignore[arg-type]
+        needed = [k for k in net.inputs if example is None or k in example or k not in getattr(net, 'optional', ())]
+        self.net, self.inputs, self.tasks = net, tuple(needed or net.inputs), tuple(net.tasks)
 
     def forward(self, *layers: Tensor) -> tuple[Tensor, ...]:
         maps = self.net(dict(zip(self.inputs, layers, strict=True)))
@@ -50,11 +51,11 @@ def save_onnx(net: nn.Module,               # any net of the package
     path = Path(path)
     was_training = net.training
     try:
-        flat = _Flat(net).eval()
-        layers = _example(net, example, size, batch_size)
+        flat = _Flat(net, example).eval()
+        layers = _example(flat, example, size, batch_size)
         with torch.no_grad(): maps = flat(*layers)
         program: Any = torch.onnx.export(flat, layers, dynamo=True, input_names=list(flat.inputs), output_names=list(flat.tasks), external_data=False, verbose=False)
-        _tell(program, net, layers)
+        _tell(program, flat, layers)
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as part:
             program.save(str(part))
@@ -62,18 +63,18 @@ def save_onnx(net: nn.Module,               # any net of the package
     finally: net.train(was_training)
     return path
 
-def _example(net: Any, example: Mapping[str, Tensor] | None, size: int, batch_size: int) -> tuple[Tensor, ...]:
+def _example(flat: Any, example: Mapping[str, Tensor] | None, size: int, batch_size: int) -> tuple[Tensor, ...]:
     "The layers that the net reads, on its device."
-    device = next(net.parameters()).device
+    net, device = flat.net, next(flat.parameters()).device
     if example is None:
         one = torch.Generator().manual_seed(0)  # around what the net was trained on, where it knows
         return tuple((n.mean[:, None, None].cpu() + n.std[:, None, None].cpu()*torch.randn(batch_size, len(n.mean), size, size, generator=one)).to(device) for n in net.normalise.values())
-    if missing := [k for k in net.inputs if k not in example]: raise DataError(f'the example has no {" and ".join(missing)}', f'{" and ".join(net.inputs)}, as the net was built')
-    return tuple(example[k].to(device) for k in net.inputs)
+    if missing := [k for k in flat.inputs if k not in example]: raise DataError(f'the example has no {" and ".join(missing)}', f'{" and ".join(net.inputs)}, as the net was built')
+    return tuple(example[k].to(device) for k in flat.inputs)
 
-def _tell(program: Any, net: Any, layers: tuple[Tensor, ...]) -> None:
+def _tell(program: Any, flat: Any, layers: tuple[Tensor, ...]) -> None:
     "Put the checkpoint's description into the file."
-    about = net.meta | {'config': net.config, 'inputs': {k: list(x.shape) for k, x in zip(net.inputs, layers, strict=True)}}
+    about = flat.net.meta | {'config': flat.net.config, 'inputs': {k: list(x.shape) for k, x in zip(flat.inputs, layers, strict=True)}}
     program.model.metadata_props['rs_mtl'] = json.dumps(about)
 
 def _check(ort: Any, file: Path, layers: Mapping[str, Tensor], maps: Mapping[str, Tensor], tolerance: float) -> None:

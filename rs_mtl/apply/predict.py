@@ -89,7 +89,8 @@ def _watch(net: nn.Module, batch: dict[str, Tensor]) -> tuple[list[tuple[nn.Conv
 # %% ../../nbs/apply/70_predict.ipynb #1b850fae
 def _inputs(net: Any, scene: Scene) -> tuple[str, ...]:
     "The layers that the net wants, checked against those of the scene."
-    inputs = tuple(getattr(net, 'inputs', ()) or scene.layers)
+    wanted, optional = tuple(getattr(net, 'inputs', ()) or scene.layers), getattr(net, 'optional', ())
+    inputs = tuple(n for n in wanted if n in scene.layers or n not in optional) or wanted  # a net may do without one sensor, not without both
     missing = [n for n in inputs if n not in scene.layers]
     if missing: raise ConfigError(f'the scene has no {missing[0]!r}, only {", ".join(scene.layers)}', f'the layers that the net reads: {", ".join(inputs)}', f"add {{'{missing[0]}': path}}")
     for name, key in (('image', 'bands'), ('sar', 'sar_bands')):
