@@ -36,6 +36,7 @@ class InitialEmbedding(nn.Module):
         self.enter = conv_block(2*width, width, 1, norm)
         self.body = nn.Sequential(Residual(width, norm), Residual(width, norm))
         self.guess = HEADS[task](width, classes, bands, norm)
+        self.gain = nn.Parameter(torch.zeros(width, 1, 1))
         self.feed = nn.Conv2d(self.guess.out.out_channels, width, 1)
         self.squash: Callable[[Tensor], Tensor] = _shares if task == 'mask' else torch.tanh
         nn.init.zeros_(self.feed.weight); nn.init.zeros_(self.feed.bias)  # type: ignore[arg-type]
@@ -45,6 +46,6 @@ class InitialEmbedding(nn.Module):
         own = self.body(self.enter(torch.cat([general, whole], 1)))
         raw = self.guess.out(self.guess.block(own))              # before the head turns it into metres or shares
         guess = raw if self.guess.last is None else self.guess.last(raw)
-        return own + self.feed(self.squash(raw)), guess
+        return general + self.gain*own + self.feed(self.squash(raw)), guess
 
 def _shares(logits: Tensor) -> Tensor: return logits.softmax(1)

@@ -19,7 +19,7 @@ class Ask(nn.Module):
     "One task reads the others, at its own pixel and in the whole window."
     def __init__(self,
                  width: int,      # channels
-                 heads: int = 4,  # groups of channels that look for different things
+                 heads: int = 2,  # groups of channels that look for different things
                  keys: int = 8):  # places along each side that can be asked
         super().__init__()
         if width % heads: raise ConfigError(f'width={width} and heads={heads}', 'heads that divide the width')
@@ -49,7 +49,7 @@ class Interaction(nn.Module):
                  tasks: Sequence[str],    # their names
                  width: int,              # channels of every feature
                  mode: str = 'cross',     # 'cross', or the controls 'self' and 'concat'
-                 heads: int = 4,
+                 heads: int = 2,
                  keys: int = 8):
         super().__init__()
         if mode not in MODES: raise ConfigError(f'interaction={mode!r}', f'one of {", ".join(MODES)}, or None for none')

@@ -62,7 +62,7 @@ class CTME(MultiTaskNet):
                  distillation: bool = True,                   # each task takes what it needs at every stage
                  interaction: str | None = 'cross',           # 'cross', 'self', 'concat' or None
                  width: int = 64,                             # of the decoder
-                 heads: int = 4,                              # of every attention
+                 heads: int = 2,                              # of every attention
                  keys: int = 8,                               # places along each side that attention can ask
                  finest: int = 4,                             # stride of the finest stage with distillation and interaction
                  detail: int = 16,                            # of the full-resolution stem; 0 for none
