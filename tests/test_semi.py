@@ -480,9 +480,10 @@ def test_only_the_strong_look_is_masked_and_both_sensors_differently(batch):
     losses, *_ = dllr(batch, net=two(Spy), masking=Masking(.5, .25, block=4), mask_labelled=True)
     assert len(calls) == 4 and calls[3][1] and losses['masked'] > 0
 
-def test_masks_and_boxes_change_from_step_to_step_and_from_rank_to_rank_but_not_from_run_to_run(batch):
+@pytest.mark.parametrize('only', [dict(cutmix=0.), dict(masking=None, cutmix=1.)])
+def test_masks_and_boxes_change_from_step_to_step_and_from_rank_to_rank_but_not_from_run_to_run(batch, only):
     def total(step=0, rank=0, seed=0):
-        net, how = two(), semi_objective('dllr', ramp=0.)
+        net, how = two(), semi_objective('dllr', ramp=0., **only)
         how.begin(net, seed, rank)
         how.before_step(step, 10)
         return how.learn(net.train(), batch)['total'].item()
