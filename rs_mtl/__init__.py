@@ -15,9 +15,10 @@ _PUBLIC = {
     'City': 'worlds.city', 'Land': 'worlds.land', 'simulate_clouds': 'worlds.clouds', 'Scene': 'data.scene',
     'open_data': 'data.datasets', 'list_data': 'data.datasets', 'open_dataset': 'data.datasets', 'check_dataset': 'data.check', 'Windows': 'data.windows',
     'Augment': 'data.augment', 'Augmented': 'data.augment', 'strong': 'data.augment', 'weak': 'data.augment', 'extract': 'data.archives',
+    'label_split': 'data.label_splits', 'divide': 'data.label_splits', 'Pairs': 'data.pairs', 'Reassigner': 'labels.reassignment',
     'sinkhorn': 'labels.sinkhorn', 'Plan': 'labels.sinkhorn', 'read_table': 'data.table_file',
     'Objective': 'training.losses', 'Scores': 'training.metrics', 'fit': 'training.fit', 'fit_stats': 'training.fit', 'evaluate': 'training.fit',
-    'save': 'training.checkpoint', 'load': 'training.checkpoint',
+    'semi_objective': 'training.semi', 'save': 'training.checkpoint', 'load': 'training.checkpoint', 'start_from': 'training.checkpoint',
     'predict_scene': 'apply.predict', 'predict_sample': 'apply.predict', 'show_sample': 'apply.figures', 'show_map': 'apply.maps',
     'write_report': 'apply.report', 'save_onnx': 'apply.onnx',
 }

@@ -18,7 +18,7 @@ from ..core import LAYERS, ConfigError, DatasetNotFoundError, RsMtlError, _close
 
 # %% ../../nbs/apply/75_cli.ipynb #1aa01d0b
 EXAMPLES = {
-    'train': ('rs-mtl train plain --data city --out runs/mine', 'rs-mtl train plain --data land --tasks mask --inputs image,sar --epochs 5 --out runs/land', 'rs-mtl train plain --data vaihingen --root data/vaihingen --size 512 --out runs/vaihingen', 'rs-mtl train plain --out runs/mine --resume'),
+    'train': ('rs-mtl train plain --data city --out runs/mine', 'rs-mtl train plain --data land --tasks mask --inputs image,sar --epochs 5 --out runs/land', 'rs-mtl train dllr --data land --labels 1/16 --out runs/few', 'rs-mtl train plain --data vaihingen --root data/vaihingen --size 512 --out runs/vaihingen', 'rs-mtl train plain --out runs/mine --resume'),
     'evaluate': ('rs-mtl evaluate runs/mine', 'rs-mtl evaluate runs/mine --seed 7 --n 100', 'rs-mtl evaluate runs/vaihingen --root data/vaihingen --size 1024'),
     'ablate': ('rs-mtl ablate ctme --out runs/ablate-ctme', "rs-mtl ablate ctme --only 'hard-shared;full' --seeds 1"),
     'predict': ('rs-mtl predict runs/mine', 'rs-mtl predict runs/mine --image scene.tif --out maps'),
