@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'Assigned', 'checked', 'decided', 'spread', 'picked', 'Memory', 'cell_mean', 'regions', 'blended',
-           'tile_prior', 'Assigner', 'Reassigner', 'settle']
+           'tile_prior', 'Assigner', 'settle', 'Informed', 'Reassigner']
 
 # %% ../../nbs/labels/41_reassignment.ipynb #4283af8e
 import math
@@ -197,9 +197,13 @@ class Assigner(nn.Module):
             shifted, plan = self.assign(scores, seen)
             return decided(shifted, plan, seen, self.threshold)
 
-# %% ../../nbs/labels/41_reassignment.ipynb #3fc40fc2
-class Reassigner(Assigner):
-    "Multi-level label reassignment by optimal transport."
+# %% ../../nbs/labels/41_reassignment.ipynb #8e037f67
+def settle(rows: Tensor, weight: Tensor, prior: Tensor, eps: float, strength: float, init: Tensor) -> Plan:
+    "The KL-relaxed plan of a pool of samples."
+    return sinkhorn(rows.flatten(0, -2), prior, eps, 1e-4, weight.flatten(), 'kl', strength, init, on_fail='warn')
+
+class Informed(Assigner):
+    "What reassignment knows: the class shares to come, and how the net errs on labelled pixels."
     moving: Tensor
     seen_tiles: Tensor
     bias: Tensor
@@ -238,6 +242,14 @@ class Reassigner(Assigner):
         if not self.seen_tiles: return self.anchor
         return (1 - self.floor)*self.moving + self.floor*self.anchor
 
+    def remember(self, rows: Tensor, weight: Tensor) -> None: # (B,n,C), (B,n)
+        "Move the estimate of the class shares."
+        tiles = weight.mean(1).sum().double()
+        if not tiles: return
+        share = (rows.double().softmax(-1)*weight[..., None]).sum((0, 1))/weight.sum().double()
+        self.seen_tiles += tiles
+        self.moving.lerp_(share, float((tiles/self.seen_tiles.clamp(max=self.horizon)).clamp(max=1)))
+
     def compare(self, labels: Tensor, logits: Tensor, known: Tensor) -> None:
         "The prices that carry the net's answers on labelled pixels over to the true shares."
         if not self.trust: return
@@ -251,6 +263,9 @@ class Reassigner(Assigner):
             truth = torch.bincount(m.tag.flatten()[alive], m.weight.flatten()[alive].double(), minlength=self.classes) + self.laplace/self.classes
             self.bias.copy_(settle(m.rows, m.weight, truth/truth.sum(), 1., self.trust, self.bias).dual)
 
+# %% ../../nbs/labels/41_reassignment.ipynb #3fc40fc2
+class Reassigner(Informed):
+    "Multi-level label reassignment by optimal transport."
     def transport(self, kept: str, rows: Tensor, weight: Tensor, price: Tensor) -> Tensor: # (C,) prices, also written to `price`
         "Fit the prices on this batch, and on the memory where there is one."
         pool, w = rows, weight
@@ -262,14 +277,6 @@ class Reassigner(Assigner):
         if not bool((w > 0).any()): return price
         price.copy_(settle(pool, w, self.prior, self.eps, self.strength, price).dual)
         return price
-
-    def remember(self, rows: Tensor, weight: Tensor) -> None: # (B,n,C), (B,n)
-        "Move the estimate of the class shares."
-        tiles = weight.mean(1).sum().double()
-        if not tiles: return
-        share = (rows.double().softmax(-1)*weight[..., None]).sum((0, 1))/weight.sum().double()
-        self.seen_tiles += tiles
-        self.moving.lerp_(share, float((tiles/self.seen_tiles.clamp(max=self.horizon)).clamp(max=1)))
 
     def advised(self, scores: Tensor, seen: Tensor) -> Tensor:
         "Pixel scores with their regions' advice."
@@ -292,7 +299,3 @@ class Reassigner(Assigner):
         price = self.transport('pixels', picked(scores, at), weight, self.price)
         shifted = scores + price.float()[:, None, None]
         return shifted, torch.where(seen[:, None], (shifted/self.eps).softmax(1), 0)
-
-def settle(rows: Tensor, weight: Tensor, prior: Tensor, eps: float, strength: float, init: Tensor) -> Plan:
-    "The KL-relaxed plan of a pool of samples."
-    return sinkhorn(rows.flatten(0, -2), prior, eps, 1e-4, weight.flatten(), 'kl', strength, init, on_fail='warn')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SENSORS', 'METHODS', 'look', 'judged', 'answering', 'statistics_kept', 'Target', 'consensus', 'taught', 'pseudo_loss',
-           'paste', 'ramped', 'SemiObjective', 'FixMatch', 'channels_dropped', 'UniMatch', 'need_heads', 'CPS',
-           'MeanTeacher', 'share_loss', 'semi_objective']
+           'paste', 'ramped', 'Labelled', 'Counted', 'SemiObjective', 'FixMatch', 'channels_dropped', 'UniMatch',
+           'need_heads', 'CPS', 'MeanTeacher', 'share_loss', 'semi_objective']
 
 # %% ../../nbs/training/65_semi.ipynb #26db6c41
 import copy, warnings
@@ -135,14 +135,11 @@ def ramped(step: int,        # the step to come, from 0
     t = min(1., step/max(1., share*steps))
     return float(np.exp(-5*(1 - t)**2))
 
-# %% ../../nbs/training/65_semi.ipynb #e98ce998
-class SemiObjective(nn.Module):
-    "Supervised learning on the labelled half of a batch, and the base of methods that use the other half."
-    teaches = False                               # whether the unlabelled half is used
-    asks = True                                   # and whether a weak look is asked about
-    parts: Mapping[str, float] = {'pseudo': 1.}   # losses on the unlabelled half, and what each counts
+# %% ../../nbs/training/65_semi.ipynb #4f833cb7
+class Labelled(nn.Module):
+    "Supervised learning on the labelled half of a batch."
+    teaches = False                                                # whether the unlabelled half is used
     told: tuple[str, ...] = ('weight', 'ramp', 'heads', 'cutmix')  # options that a resumed run compares
-    views: tuple[str, ...] = ('u_strong',)                         # strong looks that are used
 
     def __init__(self,
                  tasks: Sequence[str] = ('mask',), # what is learned from labels
@@ -167,11 +164,6 @@ class SemiObjective(nn.Module):
         "What a resumed run compares."
         return {'method': type(self).__name__, 'tasks': self.labels.tasks, 'weighting': self.labels.weighting} | {k: getattr(self, k) for k in self.told}
 
-    @property
-    def numbers(self) -> tuple[str, ...]:
-        "What `learn` gives besides losses."
-        return ('unlabelled_weight', 'kept', 'right', 'label_top', *(f'pseudo_{c}' for c in self.names)) if self.teaches else ()
-
     def begin(self, net: nn.Module, seed: int = 0, rank: int = 0) -> None:
         "Called once, before the first step."
         known = getattr(net, 'meta', {}).get('classes') or range(getattr(net, 'config', {}).get('classes') or 0)
@@ -193,6 +185,45 @@ class SemiObjective(nn.Module):
         "Where a sensor saw a labelled pixel."
         found = [batch[k] for k in (valid_key('mask'), valid_key(layer)) if k in batch]
         return torch.stack(found).all(0) if found else None
+
+# %% ../../nbs/training/65_semi.ipynb #40dbdc80
+def _shares(labels: Tensor, classes: int) -> Tensor: # (classes,)
+    "Share of each class among the labels that count."
+    flat = labels.flatten()
+    counts = torch.zeros(IGNORE + 1, device=flat.device).index_add_(0, flat, torch.ones(len(flat), device=flat.device))[:classes]
+    return counts/counts.sum().clamp(min=1)
+
+class Counted(Labelled):
+    "And its numbers: what is taught, and whether that is one class only."
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        "What `learn` gives besides losses."
+        return ('unlabelled_weight', 'kept', 'right', 'label_top', *(f'pseudo_{c}' for c in self.names)) if self.teaches else ()
+
+    @torch.no_grad()
+    def count(self, target: Target, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "How much is taught, which classes, and how much of it is right."
+        kept, total = target.kept, target.valid.sum().clamp(min=1)
+        shares = _shares(torch.where(kept, target.labels, IGNORE), len(self.names))
+        numbers = {'kept': kept.sum()/total} | {f'pseudo_{c}': s for c, s in zip(self.names, shares, strict=True)}
+        if 'u_mask' not in batch: return numbers
+        known = kept & (batch['u_mask'] != IGNORE)
+        return numbers | {'right': (known & (batch['u_mask'] == target.labels)).sum()/known.sum().clamp(min=1)}
+
+    def after_step(self, net: nn.Module, numbers: Mapping[str, float]) -> None:
+        "Called after each step with its numbers."
+        shares = [numbers.get(f'pseudo_{c}', 0.) for c in self.names]
+        self.stuck = self.stuck + 1 if shares and max(shares) > .98 > numbers.get('label_top', 1.) else 0
+        if self.stuck == self.patience:
+            warnings.warn(f'step {self.step}: {max(shares):.1%} of the pseudo-labels have been {self.names[int(np.argmax(shares))]!r} for {self.patience} steps, though at most {numbers["label_top"]:.0%} of the labels are of one class; '
+                          'the net may be teaching itself a single class: lower weight=, lengthen ramp=, or raise threshold=', stacklevel=2)
+
+# %% ../../nbs/training/65_semi.ipynb #e98ce998
+class SemiObjective(Counted):
+    "Supervised learning as it stands, and the base of methods that use the other half."
+    asks = True                                   # whether a weak look is asked about
+    parts: Mapping[str, float] = {'pseudo': 1.}   # losses on the unlabelled half, and what each counts
+    views: tuple[str, ...] = ('u_strong',)        # strong looks that are used
 
     def learn(self, net: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "Losses of one step, 'total', and the numbers of this step."
@@ -242,30 +273,6 @@ class SemiObjective(nn.Module):
     def headed(self, losses: Mapping[str, Tensor]) -> Tensor:
         "One loss from those of several heads."
         return sum((loss if h == 'mask' else self.heads*loss for h, loss in losses.items()), torch.zeros_like(next(iter(losses.values()))))
-
-    @torch.no_grad()
-    def count(self, target: Target, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        "How much is taught, which classes, and how much of it is right."
-        kept, total = target.kept, target.valid.sum().clamp(min=1)
-        shares = _shares(torch.where(kept, target.labels, IGNORE), len(self.names))
-        numbers = {'kept': kept.sum()/total} | {f'pseudo_{c}': s for c, s in zip(self.names, shares, strict=True)}
-        if 'u_mask' not in batch: return numbers
-        known = kept & (batch['u_mask'] != IGNORE)
-        return numbers | {'right': (known & (batch['u_mask'] == target.labels)).sum()/known.sum().clamp(min=1)}
-
-    def after_step(self, net: nn.Module, numbers: Mapping[str, float]) -> None:
-        "Called after each step with its numbers."
-        shares = [numbers.get(f'pseudo_{c}', 0.) for c in self.names]
-        self.stuck = self.stuck + 1 if shares and max(shares) > .98 > numbers.get('label_top', 1.) else 0
-        if self.stuck == self.patience:
-            warnings.warn(f'step {self.step}: {max(shares):.1%} of the pseudo-labels have been {self.names[int(np.argmax(shares))]!r} for {self.patience} steps, though at most {numbers["label_top"]:.0%} of the labels are of one class; '
-                          'the net may be teaching itself a single class: lower weight=, lengthen ramp=, or raise threshold=', stacklevel=2)
-
-def _shares(labels: Tensor, classes: int) -> Tensor: # (classes,)
-    "Share of each class among the labels that count."
-    flat = labels.flatten()
-    counts = torch.zeros(IGNORE + 1, device=flat.device).index_add_(0, flat, torch.ones(len(flat), device=flat.device))[:classes]
-    return counts/counts.sum().clamp(min=1)
 
 # %% ../../nbs/training/65_semi.ipynb #b46e1552
 class FixMatch(SemiObjective):
