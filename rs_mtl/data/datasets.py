@@ -246,15 +246,16 @@ def open_dataset(name: str | Table,        # one of `list_data()`, a table, or t
 def run_options(name: str,                  # one of `list_data()`, or the path of a table file
                 root: str | Path,           # where it lies
                 inputs: Sequence[str],      # layers that a net sees
-                tasks: Sequence[str] = ()   # maps that it learns; empty: mask and height, where there are any
+                tasks: Sequence[str] = (),  # maps that it learns; empty: mask and height, where there are any
+                options: Mapping[str, Any] | None = None # more arguments of the data set
                ) -> dict[str, Any]:         # what else to pass to `open_data`
     "How a run opens its data; an error if they are not there."
     from rs_mtl.data.layout import _find, pick_layers
     table = find_table(name)
-    if table is None: return {}
+    if table is None: return dict(options or {})
     layers = pick_layers(table, [*inputs, *(tasks or [t for t in ('mask', 'height') if t in table.layers])])
     _find(table, root, layers)
-    return {'root': root, 'layers': layers, 'one_grid': True}
+    return {'root': root, 'layers': layers, 'one_grid': True} | dict(options or {})
 
 # %% ../../nbs/data/27_datasets.ipynb #984f5361
 class Kept:

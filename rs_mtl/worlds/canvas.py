@@ -50,6 +50,8 @@ MATERIALS = {k: Material(*v) for k, v in {
     'heap':       ((.230, .175, .125, .290), (-9, -17), .14, CLUTTER),
     'site':       ((.210, .170, .130, .270), (-11, -20), .14, CLUTTER),
     'box':        ((.200, .200, .200, .220), (-2, -13), .02, CLUTTER)}.items()}
+for _ground in ('concrete', 'asphalt', 'paving', 'lawn'):   # roofs whose colour and texture are the ground's
+    MATERIALS[f'roof like {_ground}'] = MATERIALS[_ground]._replace(sigma=(-10, -19), label=BUILDING)
 
 _NUMBER = {k: i for i, k in enumerate(MATERIALS)}
 _LABEL = np.array([m.label for m in MATERIALS.values()], np.uint8)

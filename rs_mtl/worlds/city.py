@@ -83,9 +83,9 @@ def _river(town: Town) -> None:
         town.trees.append((float(cols[i])*town.gsd, float(rows[i])*town.gsd, rng.uniform(2, 5), False))
 
 # %% ../../nbs/worlds/16_city.ipynb #6a5d0e4b
-def draw_town(rng: np.random.Generator, size: tuple[int, int], gsd: float) -> Town:
+def draw_town(rng: np.random.Generator, size: tuple[int, int], gsd: float, alike: float = 0.) -> Town:
     "A town, drawn; its canvas holds every layer."
-    town = Town(rng, size, gsd)
+    town = Town(rng, size, gsd, alike)
     for street in town.streets: _street(town, street)
     density, trend = rng.uniform(.1, 1.1), rng.normal(0, .0022, 2)
     todo: list[tuple[str, Rect]] = []
@@ -116,9 +116,9 @@ def _surface(town: Town, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     texture = np.clip(1 + coarse*(fine + .8*rough) + .05*slow, .4, 1.8)
     return np.moveaxis(c.colour, -1, 0)*texture, height, slow
 
-def render(rng: np.random.Generator, size: tuple[int, int], gsd: float) -> dict[str, Any]:
+def render(rng: np.random.Generator, size: tuple[int, int], gsd: float, alike: float = 0.) -> dict[str, Any]:
     "One scene: image (4,H,W), sar (2,H,W), mask and height (H,W), and the sun that lit it."
-    town = draw_town(rng, size, gsd)
+    town = draw_town(rng, size, gsd, alike)
     surface, height, slow = _surface(town, int(rng.integers(2**31)))
     sun = azimuth, elevation = rng.uniform(150, 210), rng.uniform(42, 48)  # surveys are flown around noon, in one season
     image = illuminate(surface, direct_light(height, azimuth, elevation, gsd), np.clip(hillshade(height, azimuth, elevation, gsd), 0, 1.7), openness=.9)
@@ -164,13 +164,14 @@ class City(Dataset):
                  cover: float | tuple[float, float] = 0.,        # share of cloud; a pair: drawn between the two for each scene
                  sky: str = 'mixed',                             # kind of cloud, see the clouds notebook
                  holes: bool = True,                             # rims without data, failures in the height
-                 border: int = 0):                               # pixels around class edges that the mask leaves out
-        self.n, self.seed, self.gsd, self.sky, self.holes, self.border = int(n), int(seed), float(gsd), sky, bool(holes), int(border)
+                 border: int = 0,                                # pixels around class edges that the mask leaves out
+                 alike: float = 0.):                             # share of the buildings with a flat roof in the colours of the ground
+        self.n, self.seed, self.gsd, self.sky, self.holes, self.border, self.alike = int(n), int(seed), float(gsd), sky, bool(holes), int(border), float(alike)
         self.size = (int(size), int(size)) if isinstance(size, (int, np.integer)) else (int(size[0]), int(size[1]))
         self.cover = (float(cover), float(cover)) if isinstance(cover, (int, float)) else (float(cover[0]), float(cover[1]))
         for wrong, what, expected in ((self.n < 0, f'n={n}', '0 or more scenes'), (min(self.size) < 1, f'size={size}', 'at least one pixel'), (self.seed < 0, f'seed={seed}', '0 or more'),
                                       (not .05 <= self.gsd <= 5, f'gsd={gsd}', '0.05 to 5 metres per pixel'), (not 0 <= self.cover[0] <= self.cover[1] <= 1, f'cover={cover}', 'shares between 0 and 1, the smaller first'),
-                                      (self.border < 0, f'border={border}', '0 or more pixels')):
+                                      (self.border < 0, f'border={border}', '0 or more pixels'), (not 0 <= self.alike <= 1, f'alike={alike}', 'a share between 0 and 1')):
             if wrong: raise ConfigError(f'City: {what}', expected, 'correct the argument')
 
     def __len__(self) -> int: return self.n
@@ -178,7 +179,7 @@ class City(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not -self.n <= index < self.n: raise IndexError(f'scene {index} of {self.n}')
         rng = np.random.default_rng([self.seed, int(index) % self.n if index < 0 else int(index)])
-        scene = render(rng, self.size, self.gsd)
+        scene = render(rng, self.size, self.gsd, self.alike)
         clear = scene['image']
         cover = rng.uniform(*self.cover)
         over = simulate_clouds(clear, int(rng.integers(2**31)), cover, self.sky, bands=self.bands, sun=scene['sun']) if cover else {'image': clear, 'cloud_impact': np.zeros((1, *self.size), np.float32)}
