@@ -178,6 +178,7 @@ MODELS = Registry('model', {
     'ctme': 'rs_mtl.models.ctme:CTME',
     'dllr': 'rs_mtl.models.dllr:DLLR',
     'plain': 'rs_mtl.models.plain:Plain',
+    'segcr': 'rs_mtl.models.segcr:SegCR',
 })
 
 def list_models() -> list[str]: # names for `create_model`
