@@ -194,7 +194,7 @@ def test_an_ablation_writes_its_table_and_what_is_done_is_not_trained_again(tmp_
 
 def test_an_ablation_of_learning_from_few_labels_draws_them_and_leaves_a_curve(tmp_path):
     run('ablate', tmp_path, model='dllr', quick=True, only='supervised;dllr', options='width=8,full=8,detail=4', out=str(tmp_path))
-    found = json.loads((tmp_path/'dllr_ablation.json').read_text())
+    found = json.loads((tmp_path/'dllr_labels.json').read_text())
     assert [(r['variant'], r['labels']) for r in found['rows']] == [('supervised', '8'), ('dllr', '8')] and 'keep theirs' in found['protocol']
 
 

@@ -32,6 +32,7 @@ class Plan:
     tasks: tuple[str, ...]                               # maps that they learn
     scores: Mapping[str, str]                            # what is drawn, and its label
     baseline: str                                        # variant of the dashed line
+    result: str                                          # name of the file that is left behind
     curve: tuple[str, ...] = ()                          # variants that are trained with every share of labels; the others with the first share only
 
 _CTME: dict[str, Any] = {'model': 'ctme', 'embedding': False, 'distillation': False, 'interaction': None}
@@ -47,7 +48,7 @@ ABLATIONS: dict[str, Plan] = {'ctme': Plan({
     'full': [{'model': 'ctme'}],
     'full, joined, not asked': [{'model': 'ctme', 'interaction': 'concat'}],
     'full, own keys': [{'model': 'ctme', 'interaction': 'self'}],
-}, 'city', ('image',), ('mask', 'height'), {'miou': 'mIoU', 'rmse': 'height RMSE, m'}, 'single-task pair')}
+}, 'city', ('image',), ('mask', 'height'), {'miou': 'mIoU', 'rmse': 'height RMSE, m'}, 'single-task pair', 'ctme_ablation')}
 
 # %% ../../nbs/apply/76_ablation.ipynb #504cfccf
 def _dllr(method: str = 'dllr', net: Mapping[str, Any] | None = None, **options: Any) -> list[dict[str, Any]]:
@@ -66,7 +67,7 @@ ABLATIONS['dllr'] = Plan({
     'dllr, pixel level': _dllr(reassignment='pixel'),
     'dllr, fused teacher': _dllr(consistency='self'),
     'dllr, no pseudo-labels': _dllr(consistency=None),
-}, 'land', ('image', 'sar'), ('mask',), {'miou': 'mIoU'}, 'supervised', curve=('supervised', 'unimatch', 'dllr'))
+}, 'land', ('image', 'sar'), ('mask',), {'miou': 'mIoU'}, 'supervised', 'dllr_labels', curve=('supervised', 'unimatch', 'dllr'))
 
 # %% ../../nbs/apply/76_ablation.ipynb #5fd8ac44
 def plan_of(name: str) -> Plan: # the ablation of a model
