@@ -228,7 +228,7 @@ def signature(net: nn.Module, objective: Callable, data: Mapping[str, Any], opt:
     "What decides the result of a run, as plain JSON."
     told = {'net': getattr(net, 'config', {}) or type(net).__name__, 'processes': ways.world, 'precision': ways.precision, 'planned steps': steps,
             **{k: opt[k] for k in ('batch_size', 'lr', 'weight_decay', 'warmup', 'clip', 'seed', 'monitor')},
-            'objective': {k: getattr(objective, k) for k in ('tasks', 'weights', 'weighting', 'aux')} if isinstance(objective, Objective) else getattr(objective, 'settings', type(objective).__name__)}
+            'objective': getattr(objective, 'settings', type(objective).__name__)}
     for name, d in data.items():
         told |= {f'{name} items': 0 if d is None else len(d), f'{name} data': ', '.join(filter(None, (getattr(d, 'name', ''), getattr(d, 'treatment', '')))), f'{name} classes': getattr(d, 'classes', ())}
     return json.loads(json.dumps(told, default=str))
@@ -283,7 +283,7 @@ def _better(row: Mapping[str, Any], best: Mapping[str, Any] | None, monitor: str
     if key not in row: raise ConfigError(f'there is no validation value {monitor!r}', f'one of {", ".join(known)}')
     new, old = row[key], best[key] if best else None
     if new is None or old is None: return new is not None
-    return new > old if any(word in key for word in ('miou', 'mf1', '_oa', 'delta', 'psnr')) else new < old
+    return new > old if any(word in key for word in ('miou', 'mf1', '_oa', 'delta', 'psnr', 'ssim', 'auroc', 'spearman')) else new < old
 
 # %% ../../nbs/training/64_fit.ipynb #fdc610b1
 def _asked(run: Run, stop: Stop, ways: _Ways) -> bool:
@@ -363,7 +363,7 @@ def _check_batch_norm(net: nn.Module, per_process: int) -> None:
 def _check_options(net: nn.Module, train: Any, val: Any, objective: Callable, opt: Mapping[str, Any]) -> None:
     "What can be known to be wrong before the first step."
     if opt['on_nan'] not in ('stop', 'drop_task'): raise ConfigError(f'on_nan={opt["on_nan"]!r}', "'stop' or 'drop_task'")
-    if opt['on_nan'] == 'drop_task' and not isinstance(objective, Objective): raise ConfigError("on_nan='drop_task' with an objective of your own", 'an rs_mtl Objective, which can leave tasks out')
+    if opt['on_nan'] == 'drop_task' and (not isinstance(objective, Objective) or hasattr(objective, 'learn')): raise ConfigError("on_nan='drop_task' with an objective of your own", 'an rs_mtl Objective, which can leave tasks out')
     for name, least in (('lr', 1e-12), ('epochs', 1), ('clip', 1e-12), ('weight_decay', 0), ('workers', 0)):
         if not opt[name] >= least: raise ConfigError(f'{name}={opt[name]}', f'at least {least:g}')
     if opt['steps'] is not None and opt['steps'] < 1: raise ConfigError(f'steps={opt["steps"]}', 'at least 1, or None')
