@@ -225,10 +225,14 @@ class Objective(nn.Module):
         "The bounded log-variance of a task."
         return LIMIT * torch.tanh(self.log_variance[self.tasks.index(task)] / LIMIT)
 
+    @staticmethod
+    def _need(task: str, out: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> None:
+        for where in (out, batch):
+            if task not in where: raise ConfigError(f'{"the net gives" if where is out else "the batch holds"} no {task!r}', f'one of {", ".join(where)}', 'train only the tasks that the net gives and the data hold')
+
     def task_loss(self, task: str, out: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         "The loss of one task, its auxiliary outputs included."
-        for name, where in ((task, out), (task, batch)):
-            if name not in where: raise ConfigError(f'{"the net gives" if where is out else "the batch holds"} no {name!r}', f'one of {", ".join(where)}', 'train only the tasks that the net gives and the data hold')
+        self._need(task, out, batch)
         loss, target, valid = self.losses[task], batch[task], batch.get(valid_key(task))
         total = loss(out[task], target, valid)
         for key in (k for k in out if k == f'aux_{task}' or k.startswith(f'aux_{task}_')):
