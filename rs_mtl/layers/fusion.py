@@ -12,17 +12,20 @@ from torch import Tensor, nn
 from ..core import DataError
 from .cloud_impact import pool_to
 
-# %% ../../nbs/layers/39_fusion.ipynb #bf7613c7
-def targeted_fusion(optical: Tensor,    # features of the cloudy image, (B,C,h,w)
-                    simulated: Tensor,  # what radar makes of the same place, (B,C,h,w)
-                    impact: Tensor,     # (B,1,h,w), 0 clear … 1 gone
-                   ) -> Tensor:         # (B,C,h,w)
-    "Mended optical features: as much of the simulated ones as the clouds took away."
+# %% ../../nbs/layers/39_fusion.ipynb #3d7e4e38
+def targeted_fusion(optical: Tensor,              # features of the cloudy image, (B,C,h,w)
+                    simulated: Tensor,            # what radar makes of the same place, (B,C,h,w)
+                    impact: Tensor,               # (B,1,h,w), 0 clear … 1 gone
+                    odds: Tensor | float = 1.,    # above 1: replaced sooner than lost; one number, or (C,1,1)
+                   ) -> Tensor:                   # (B,C,h,w)
+    "Mended optical features: simulated ones where the clouds took them away."
     if optical.shape != simulated.shape or impact.shape != (optical.shape[0], 1, *optical.shape[-2:]):
         raise DataError(f'optical {tuple(optical.shape)}, simulated {tuple(simulated.shape)}, impact {tuple(impact.shape)}', f'two features of one shape and an impact of ({optical.shape[0]}, 1, {optical.shape[2]}, {optical.shape[3]})', 'pool_to(impact, optical) makes it fit')
-    return (1 - impact)*optical + impact*simulated   # exact at 0 and at 1, where optical + impact*(simulated - optical) is not
+    free = 1 - impact
+    weight = odds*impact/(odds*impact + free)
+    return (1 - weight)*optical + weight*simulated   # exact at 0 and at 1, where optical + weight*(simulated - optical) is not
 
-# %% ../../nbs/layers/39_fusion.ipynb #3d7e4e38
+# %% ../../nbs/layers/39_fusion.ipynb #d21f3534
 def _mean_of_two(width: int, inputs: int) -> nn.Conv2d:
     "A 1x1 convolution over several features that starts as the mean of the first two."
     join = nn.Conv2d(inputs*width, width, 1)
@@ -45,8 +48,9 @@ class TargetedFusion(nn.Module):
     "Mend the optical features by the map, then join them with the radar's."
     def __init__(self, width: int):
         super().__init__()
+        self.log_odds = nn.Parameter(torch.zeros(width))   # k = 1: the share that is lost is the share that is replaced
         self.join = _mean_of_two(width, 2)
 
-    def forward(self, optical: Tensor, sar: Tensor, simulated: Tensor | None, impact: Tensor) -> Tensor:
-        mended = targeted_fusion(optical, sar if simulated is None else simulated, pool_to(impact, optical))
+    def forward(self, optical: Tensor, sar: Tensor, simulated: Tensor | None, impact: Tensor) -> Tensor: # without simulated features radar's own are taken
+        mended = targeted_fusion(optical, sar if simulated is None else simulated, pool_to(impact, optical), self.log_odds.exp()[:, None, None])
         return self.join(torch.cat([mended, sar], 1))
