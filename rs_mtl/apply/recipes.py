@@ -22,7 +22,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     'potsdam': _LARGE | {'n': 3200},
     'whu_opt_sar': _LARGE | {'n': 4000, 'size': 256, 'batch_size': 16, 'epochs': 40},
     'eerds': _LARGE | {'size': 256, 'batch_size': 16},
-    'm3mcr': _LARGE | {'n': 8000, 'size': 300, 'epochs': 30},
+    'm3mcr': _LARGE | {'n': 8000, 'size': 160, 'batch_size': 16, 'epochs': 30},
     'luojiaset': _LARGE | {'n': 8000, 'size': 256, 'batch_size': 16, 'epochs': 30},
     'sen12mscr': _LARGE | {'n': 8000, 'size': 256, 'batch_size': 16, 'epochs': 30, 'augment': 'none'},
 }

@@ -118,14 +118,28 @@ def split_list(text: str) -> list[str]: # 'a, b' -> ['a', 'b']
     return [part.strip() for part in text.split(',') if part.strip()]
 
 def split_options(text: str) -> dict[str, Any]: # 'width=32,norm=group' -> {'width': 32, 'norm': 'group'}
-    "Arguments by name, with Python's numbers, True, False and None."
+    "Arguments by name, with Python's numbers, True, False, None, and several in brackets."
     found: dict[str, Any] = {}
-    for part in split_list(text):
+    for part in _outer(text):
         name, equals, value = (x.strip() for x in part.partition('='))
         if not equals or not name.isidentifier(): raise ConfigError(f'{part!r} in {text!r}', 'name=value, with commas between')
-        try: found[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError): found[name] = value
+        found[name] = _value(value)
     return found
+
+def _outer(text: str) -> list[str]:
+    "The parts between commas that stand in no bracket."
+    parts, depth = [''], 0
+    for c in text:
+        depth += (c in '([{') - (c in ')]}')
+        if c == ',' and depth == 0: parts.append('')
+        else: parts[-1] += c
+    if depth: raise ConfigError(f'{text!r} has brackets that do not match', 'as many closed as opened')
+    return [p.strip() for p in parts if p.strip()]
+
+def _value(text: str) -> Any:
+    "A number, True, False, None, a tuple of such in brackets, or text."
+    try: return ast.literal_eval(text)
+    except (ValueError, SyntaxError): return tuple(_value(p) for p in _outer(text[1:-1])) if text[:1] + text[-1:] in ('()', '[]') else text
 
 # %% ../../nbs/apply/74_runs.ipynb #b5dc3991
 class RunFailed(RsMtlError, RuntimeError):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VAIHINGEN', 'POTSDAM', 'WHU_OPT_SAR', 'EERDS', 'M3MCR', 'S2_BANDS', 'LUOJIASET', 'SEN12MSCR', 'TABLES', 'SPLITS',
-           'DATASETS', 'find_offset', 'get_table', 'list_tables', 'world_seed', 'open_city', 'open_land', 'list_data',
-           'find_table', 'open_data', 'open_dataset', 'run_options', 'Kept', 'kept']
+           'CLOUDS', 'DATASETS', 'find_offset', 'get_table', 'list_tables', 'world_seed', 'open_city', 'open_land',
+           'list_data', 'find_table', 'open_data', 'open_dataset', 'layers_of', 'run_options', 'Kept', 'kept']
 
 # %% ../../nbs/data/27_datasets.ipynb #dd8f5e6f
 import inspect, warnings
@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..core import ConfigError, DataError, Registry, _closest, valid_key
+from ..core import LAYERS, ConfigError, DataError, Registry, _closest, valid_key
 from .grid import Source
 from .layout import LayerTable, Table
 from .splits import Shuffled
@@ -197,12 +197,26 @@ def open_land(split: str, n: int | None = None, size: int | None = None, seed: i
     return _open_world(Land, split, n, size, seed, kwargs)
 
 # %% ../../nbs/data/27_datasets.ipynb #f9e35382
+CLOUDS = ('cover', 'sky', 'end_member')  # arguments that draw clouds over the clear images of a data set
+
+def _ground(table: Table, layers: Sequence[str]) -> list[str]:
+    "The layers to read where clouds are drawn: a cloud impact is drawn too, and so is a clear image that the table has not."
+    return [*dict.fromkeys(('image', *(['clear'] if 'clear' in table.layers else []), *(k for k in layers if k not in ('clear', 'cloud_impact'))))]
+
+def _clouded(data: Any, split: str, seed: int, clouds: Mapping[str, Any]) -> Any:
+    "With clouds that stay where scores are taken."
+    from rs_mtl.data.clouded import Clouded
+    return Clouded(data, seed=seed, fixed=not split.startswith('train'), **clouds)
+
 def _open_table(table: Table, split: str, n: int | None = None, size: int | None = None, seed: int = 0, root: str | Path = '', **kwargs: Any) -> Any:
     "A split of what a table describes, with every wrong argument named."
     from rs_mtl.data.tables import open_table
+    clouds = {k: kwargs.pop(k) for k in CLOUDS if k in kwargs}
+    if clouds: kwargs['layers'] = _ground(table, kwargs.get('layers') or table.use or table.layers)
     known = list(inspect.signature(open_table).parameters)
-    if wrong := [k for k in kwargs if k not in known]: raise ConfigError(f'{table.name} has no argument {wrong[0]!r}', f'one of {", ".join(known[2:])}', _closest(wrong[0], known))
-    return open_table(table, root, split, crop=kwargs.pop('crop', size), n=n, seed=seed, **kwargs)
+    if wrong := [k for k in kwargs if k not in known]: raise ConfigError(f'{table.name} has no argument {wrong[0]!r}', f'one of {", ".join([*known[2:], *CLOUDS])}', _closest(wrong[0], [*known, *CLOUDS]))
+    data = open_table(table, root, split, crop=kwargs.pop('crop', size), n=n, seed=seed, **kwargs)
+    return _clouded(data, split, seed, clouds) if clouds else data
 
 DATASETS = Registry('data set', {'city': 'rs_mtl.data.datasets:open_city', 'land': 'rs_mtl.data.datasets:open_land'})
 DATASETS.entries |= {name: partial(_open_table, table) for name, table in TABLES.items()}
@@ -243,19 +257,31 @@ def open_dataset(name: str | Table,        # one of `list_data()`, a table, or t
     return open_data(name, split, size=crop, root=root, **kwargs)
 
 # %% ../../nbs/data/27_datasets.ipynb #64dbac78
+def layers_of(name: str,                               # one of `list_data()`, or the path of a table file
+              options: Mapping[str, Any] | None = None # more arguments of the data set
+             ) -> tuple[str, ...]:                     # names of layers
+    "What the samples of a data set hold, drawn clouds included."
+    table = find_table(name)
+    if table is None: return tuple(k for k in open_data(name, n=1, size=32, **(options or {}))[0] if k in LAYERS)
+    drawn = {'image', 'clear', 'cloud_impact'} if {*CLOUDS} & {*(options or {})} else set()
+    return tuple(k for k in LAYERS if k in drawn or k in (table.use or table.layers))
+
 def run_options(name: str,                  # one of `list_data()`, or the path of a table file
                 root: str | Path,           # where it lies
                 inputs: Sequence[str],      # layers that a net sees
                 tasks: Sequence[str] = (),  # maps that it learns; empty: mask and height, where there are any
-                options: Mapping[str, Any] | None = None # more arguments of the data set
+                options: Mapping[str, Any] | None = None, # more arguments of the data set
+                own_labels: bool = False    # labels keep their own pixels where those are coarser
                ) -> dict[str, Any]:         # what else to pass to `open_data`
     "How a run opens its data; an error if they are not there."
     from rs_mtl.data.layout import _find, pick_layers
     table = find_table(name)
     if table is None: return dict(options or {})
-    layers = pick_layers(table, [*inputs, *(tasks or [t for t in ('mask', 'height') if t in table.layers])])
+    wanted = [*inputs, *(tasks or [t for t in ('mask', 'height') if t in table.layers])]
+    if {*CLOUDS} & {*(options or {})}: wanted = _ground(table, wanted)
+    layers = pick_layers(table, wanted)
     _find(table, root, layers)
-    return {'root': root, 'layers': layers, 'one_grid': True} | dict(options or {})
+    return {'root': root, 'layers': layers, 'one_grid': [k for k in layers if k != 'mask'] if own_labels else True} | dict(options or {})
 
 # %% ../../nbs/data/27_datasets.ipynb #984f5361
 class Kept:

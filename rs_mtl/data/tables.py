@@ -98,7 +98,7 @@ def _check_short(p: Place, covers: Mapping[str, tuple[int, ...]], shape: tuple[i
 # %% ../../nbs/data/26_tables.ipynb #bcbd878a
 class TableData:
     "A split of a data set, as samples."
-    def __init__(self, table: Table, places: Sequence[Place], windows: Any, split: str = '', one_grid: bool = False, items: Sequence[int] | None = None):
+    def __init__(self, table: Table, places: Sequence[Place], windows: Any, split: str = '', one_grid: bool | Sequence[str] = False, items: Sequence[int] | None = None):
         self.table, self.scenes, self.windows, self.split, self.one_grid, self.items = table, list(places), windows, split, one_grid, items
         self.name, self.classes, self.palette = table.name, table.classes, table.palette
         self.bands, self.sar_bands, self.gsd = places[0].bands, places[0].sar_bands, places[0].gsd
@@ -132,19 +132,19 @@ class TableData:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         sample = self.windows[self._item(i)]
-        return _on_one_grid(sample, tuple(self.windows.size)) if self.one_grid else sample
+        return _on_one_grid(sample, tuple(self.windows.size), None if self.one_grid is True else self.one_grid) if self.one_grid else sample
 
     def set_epoch(self, epoch: int) -> None:
         "Other random windows from now on."
         self.windows.set_epoch(epoch)
 
-def _on_one_grid(sample: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    "Repeat coarser pixels until every layer has the pixels of the image."
+def _on_one_grid(sample: Mapping[str, Any], size: tuple[int, int], layers: Sequence[str] | None = None) -> dict[str, Any]:
+    "Repeat coarser pixels until every layer, or every one of those named, has the pixels of the image."
     def stretched(x: Any) -> Any:
         for axis, n in ((-2, size[0]), (-1, size[1])):
             if x.shape[axis] != n: x = x.index_select(axis, _torch_index(n, x.shape[axis]))
         return x
-    return {k: stretched(v) for k, v in sample.items()}
+    return {k: stretched(v) if layers is None or k.removeprefix('valid_') in layers else v for k, v in sample.items()}
 
 def _torch_index(n: int, m: int) -> Any:
     "Of `m` pixels, the one under the centre of each of `n` pixels over the same ground."
@@ -190,7 +190,7 @@ def open_table(table: Table,
                grid: bool | None = None,                 # a grid instead of random windows; None: random ones for 'train' only
                balance: bool = False,                    # random windows that meet every class equally often
                min_valid: float | Mapping[str, float] = 0., # least share of a random window that holds data
-               one_grid: bool = False,                   # repeat the pixels of coarser layers to those of the image
+               one_grid: bool | Sequence[str] = False,   # repeat the pixels of coarser layers to those of the image: of all, or of those named
                partial: bool = False,                    # leave out places whose files are not complete, with a warning
                faulty: str = 'drop',                     # places that the table knows to be faulty: 'drop', with a warning, or 'keep'
                look: bool = True                         # read a few windows at once
@@ -199,6 +199,7 @@ def open_table(table: Table,
     from rs_mtl.data.windows import Windows, grid_windows
     table = table.variant(*([variants] if isinstance(variants, str) else variants))
     names = pick_layers(table, layers)
+    if not isinstance(one_grid, bool): pick_layers(table, one_grid)  # an error for a name that is no layer
     if 'mask' in names and not table.classes: raise ConfigError(f'the classes of {table.name} are not known', 'their names, and which code is which', "pass table.changed(classes=('water', …), palette=…, mask={'codes': {10: 0, …}}) instead of the name, or leave the mask out with layers=")
     found = _find(table, root, names)
     wanted = _known_faults(table, split_places(table, _everywhere(found), split, splits, val, root), names, faulty)
