@@ -196,7 +196,7 @@ def test_a_bias_that_shows_on_labelled_pixels_is_taken_back():
     known, z = scene(8, seed=5, noise=1.5)
     truth, x = scene(8, seed=6, noise=1.5)
     right = lambda out: float((out == truth).float().mean())
-    blind, told = Reassigner(C, region=0.), Reassigner(C, region=0.)
+    blind, told = Reassigner(C, region=0.), Reassigner(C, region=0., trust=2.)
     blind.observe(known); told.observe(known, z + bias)
     base = right((x + bias).argmax(1))
     assert right(told(x + bias).labels) > base + .05
