@@ -224,3 +224,288 @@ def test_classes_under_cloud_agree_with_a_loop_on_labels_of_a_coarser_grid():
 def test_a_task_that_the_batch_does_not_hold_is_named():
     out, batch = batch_of(2)
     with pytest.raises(ConfigError, match="without 'cloud_impact'"): Scores(['cloud_impact']).update(out, {'clear': batch['clear']})
+
+
+# the objective
+
+from rs_mtl.training.segcr import SegCR, cloud_target, follow_loss, impact_loss, restoration_loss, weak_impact  # noqa: E402
+
+
+class Eyes(torch.nn.Module):
+    "The contract of the segcr net, in a few convolutions."
+    inputs = ('image', 'sar')
+    def __init__(self, tasks=('mask', 'clear', 'cloud_impact'), bands=4, classes=3):
+        super().__init__()
+        self.tasks, self.config, self.meta = tuple(tasks), {'model': 'eyes', 'classes': classes}, {}
+        self.image, self.sar = torch.nn.Conv2d(bands, 6, 3, 4, 1), torch.nn.Conv2d(2, 6, 3, 4, 1)
+        self.heads = torch.nn.ModuleDict({f'to_{t}': torch.nn.Conv2d(12, n, 1) for t, n in (('mask', classes), ('clear', bands), ('cloud_impact', 1))})
+        self.paint = torch.nn.Conv2d(6, bands, 1)
+    def forward(self, batch):
+        a, s = self.image(batch['image']), self.sar(batch['sar'])
+        up = lambda x: torch.nn.functional.interpolate(x, batch['image'].shape[-2:])
+        out = {t: up(self.heads[f'to_{t}'](torch.cat([a, s], 1))) for t in ('mask', 'clear', 'cloud_impact')}
+        out['cloud_impact'] = out['cloud_impact'].sigmoid(); out['clear'] = out['clear'] + batch['image']
+        known = {k: v for k, v in out.items() if k in self.tasks}
+        if not self.training: return known
+        return known | {'aux_simulated_4': s, 'aux_clear_sar': up(self.paint(s))} | ({} if 'cloud_impact' in known else {'aux_cloud_impact': out['cloud_impact']})
+    @torch.no_grad()
+    def features(self, clear, valid=None): return {'aux_simulated_4': self.image(clear if valid is None else torch.where(valid, clear, 0))}
+
+def eyes(**kwargs):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Eyes(**kwargs)
+
+def seen(seed=0, n=2, h=24, w=28, holes=0., garbage=0.):
+    "A batch of pairs with gaps in every layer."
+    cloudy, clear = pictures(seed, n, 4, h, w)
+    layers = {'image': cloudy, 'clear': clear, 'sar': noise(seed + 1, n, 2, h, w), 'cloud_impact': impacts(seed, n)[1][..., :1].expand(-1, -1, -1, w)[:, :, torch.arange(h) % 20]}
+    batch = {'mask': torch.randint(0, 3, (n, h, w), generator=torch.Generator().manual_seed(seed)), 'valid_mask': noise(seed + 9, n, 1, h, w) >= holes}
+    for i, (k, x) in enumerate(layers.items()):
+        valid = noise(seed + 10 + i, n, 1, h, w) >= holes
+        batch |= {k: torch.where(valid, x, garbage if k in ('clear', 'cloud_impact') else 0.), f'valid_{k}': valid}
+    return batch
+
+def without(batch, *layers): return {k: v for k, v in batch.items() if k.removeprefix('valid_') not in layers}
+
+def learned(objective, net, batch):
+    net.zero_grad()
+    losses = objective.learn(net.train(), batch)
+    losses['total'].backward()
+    return {k: v.item() for k, v in losses.items()}, {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
+
+@FEW
+@given(seed=st.integers(0, 999), holes=st.floats(0, .3), garbage=st.sampled_from([torch.nan, torch.inf, -1e30]), tasks=st.sampled_from([('mask',), ('clear',), ('mask', 'clear'), ('mask', 'clear', 'cloud_impact')]), told=st.booleans())
+def test_what_lies_under_an_invalid_pixel_reaches_neither_losses_nor_gradients(seed, holes, garbage, tasks, told):
+    net, objective = eyes(tasks=tasks), SegCR(tasks)
+    told = told or 'cloud_impact' in tasks
+    (a, ga), (b, gb) = (learned(objective, net, seen(seed, holes=holes, garbage=g) if told else without(seen(seed, holes=holes, garbage=g), 'cloud_impact')) for g in (0., garbage))
+    assert all(math.isfinite(v) for v in b.values()) and all(g.isfinite().all() for g in gb.values())
+    assert a == b and all(torch.equal(ga[n], gb[n]) for n in ga)
+
+def test_a_batch_without_one_valid_pixel_has_no_loss_and_no_gradient():
+    batch = seen()
+    batch |= {k: torch.zeros_like(v) for k, v in batch.items() if k in ('valid_mask', 'valid_clear', 'valid_cloud_impact')}
+    losses, grads = learned(SegCR(), eyes(), batch)
+    assert set(losses.values()) == {0.} and not any(g.any() for g in grads.values())
+
+@pytest.mark.parametrize('tasks, missing, terms', [
+    (('mask',), ('clear', 'cloud_impact'), ()), (('mask',), ('clear',), ('map',)), (('mask',), (), ('map', 'translation', 'simulated')), (('clear',), ('mask', 'cloud_impact'), ('map', 'translation', 'simulated')),
+    (('mask', 'clear', 'cloud_impact'), (), ('translation', 'simulated'))])
+def test_terms_are_those_that_the_batch_can_teach(tasks, missing, terms):
+    losses, grads = learned(SegCR(tasks), eyes(tasks=tasks), without(seen(), *missing))
+    assert tuple(losses) == (*tasks, 'total', *terms)
+    w = {'mask': 1, 'clear': 5, 'cloud_impact': .5, 'translation': 2.5, 'simulated': .5, 'map': .5}
+    assert losses['total'] == pytest.approx(sum(w[k]*v for k, v in losses.items() if k != 'total'), rel=1e-5)
+
+def test_a_weight_of_zero_takes_a_term_away_and_changes_nothing_else():
+    net, batch = eyes(), seen()
+    full, _ = learned(SegCR(), net, batch)
+    less, grads = learned(SegCR(translation=0, simulated=0), net, batch)
+    assert less.keys() == full.keys() - {'translation', 'simulated'} and all(less[k] == full[k] for k in less if k != 'total')
+    assert not any(n.startswith('paint') for n in grads)
+
+def test_simulated_features_follow_the_camera_and_the_camera_does_not_follow_them():
+    net, batch = eyes(tasks=('mask',)), seen()
+    out = net.train()(batch)
+    follow_loss({'aux_simulated_4': out['aux_simulated_4']}, net.features(batch['clear'])).backward()
+    assert net.sar.weight.grad.any() and net.image.weight.grad is None
+
+@FEW
+@given(seed=st.integers(0, 999), cloud=st.floats(0, 9))
+def test_the_restoration_loss_is_a_weighted_mean(seed, cloud):
+    b = seen(seed, holes=.2)
+    d = (((b['image'] - b['clear'])**2 + 1e-6).sqrt() - 1e-3).mean(1, keepdim=True)
+    w = torch.where(b['valid_clear'], 1 + cloud*b['cloud_impact'], 0)
+    assert restoration_loss(b['image'], b['clear'], b['valid_clear'], b['cloud_impact'], cloud, 0).item() == pytest.approx(((w*d).sum()/w.sum()).item(), rel=1e-4)
+
+def test_a_pixel_whose_cloud_is_unknown_counts_as_a_clear_one():
+    b = seen(3)
+    b['valid_cloud_impact'] = torch.zeros_like(b['valid_cloud_impact'])
+    known, plain_mean = SegCR(('clear',)), SegCR(('clear',), cloud=0)
+    out = {'clear': b['image']}
+    assert known(out, b)['clear'].item() == pytest.approx(plain_mean(out, b)['clear'].item(), rel=1e-5)
+
+@FEW
+@given(t=st.floats(0, 1), p=st.floats(0, 1))
+def test_the_impact_loss_is_least_at_the_truth_for_shares_and_for_masks(t, p):
+    one = lambda v: torch.full((1, 1, 1, 1), v)
+    x = one(p).requires_grad_()
+    impact_loss(x, one(t)).backward()
+    assert x.grad.isfinite().all() and impact_loss(one(p), one(t)) >= impact_loss(one(t), one(t)) - 1e-6
+    if abs(p - t) > .01: assert x.grad.item()*(p - t) > 0
+
+@pytest.mark.parametrize('sky, least', [('thick', .97), ('broken', .97), ('haze', .9), ('shadow_only', .95), ('thin', .95)])
+def test_two_images_tell_where_the_clouds_are_under_any_sky(sky, least):
+    from rs_mtl.worlds.land import Land
+    places = Land(6, 64, seed=3, cover=(.1, .7), sky=sky)
+    b = {k: torch.stack([places[i][k] for i in range(6)]) for k in ('image', 'clear', 'cloud_impact')}
+    s = ImpactScores(); s.update(weak_impact(b['image'], b['clear']), b['cloud_impact'], whole(b['image']))
+    assert s.compute()['auroc'] >= least
+
+def test_without_a_cloud_layer_the_two_images_are_asked_and_where_they_cannot_tell_nobody_is():
+    b = without(seen(), 'cloud_impact')
+    target, valid = cloud_target(b)
+    assert torch.equal(valid, b['valid_image'] & b['valid_clear']) and torch.equal(target, weak_impact(b['image'], b['clear'], valid))
+    assert cloud_target(without(b, 'clear')) == (None, None) and cloud_target(b | {'clear': b['clear'][:, :3]}) == (None, None)
+
+def test_the_settings_of_an_objective_are_remembered_by_a_run(tmp_path):
+    from rs_mtl.training.fit import fit
+    class Some(torch.utils.data.Dataset):
+        classes, name = ('a', 'b', 'c'), 'some'
+        def __len__(self): return 4
+        def __getitem__(self, i): return {k: v[0] for k, v in seen(i, 1).items()}
+    def once(**kwargs): return fit(eyes(), Some(), Some(), objective=SegCR(**kwargs), epochs=1, batch_size=2, out=tmp_path, resume=True)
+    run = once()
+    assert {'loss_translation', 'loss_simulated', 'val_loss', 'val_clear_ssim', 'val_cloud_impact_auroc', 'val_miou_cloudy'} <= run.history[0].keys()
+    with pytest.raises(ConfigError, match="'structure': 0.2"): once(structure=.3)
+    with pytest.raises(ConfigError, match='drop_task'): fit(eyes(), Some(), objective=SegCR(), epochs=1, batch_size=2, on_nan='drop_task')
+
+def test_labels_and_answers_on_other_grids_are_refused_in_words():
+    out = {'mask': torch.zeros(1, 3, 20, 20)}
+    with pytest.raises(ConfigError, match='label_scale'): SegCR(('mask',))(out, {'mask': torch.zeros(1, 6, 6, dtype=torch.long)})
+
+
+# clouds over any data set
+
+from rs_mtl.data.clouded import Clouded  # noqa: E402
+from rs_mtl.data.datasets import layers_of, open_data, open_dataset, run_options  # noqa: E402
+
+import layouts  # noqa: E402
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('sets')
+    layouts.m3mcr(folder/'m3mcr')
+    layouts.whu_opt_sar(folder/'whu', shape=(96, 96), places=['NH49E004021', 'NH49E005014', 'NH49E001013', 'NH49E001014'])
+    return folder
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+@FEW
+@given(seed=st.integers(0, 99), epoch=st.integers(0, 3), i=st.integers(0, 2), fixed=st.booleans())
+def test_a_cloud_is_decided_by_seed_epoch_and_place(seed, epoch, i, fixed):
+    from rs_mtl.worlds.land import Land
+    def one(seed, epoch, i):
+        data = Clouded(Land(3, 24), cover=(.5, 1.), sky='thick', seed=seed, fixed=fixed)
+        data.set_epoch(epoch)
+        return data[i]
+    here = one(seed, epoch, i)
+    assert same(here, one(seed, epoch, i))
+    other = one(seed, epoch + 1, i)
+    assert torch.equal(here['cloud_impact'], other['cloud_impact']) == (fixed or bool((here['cloud_impact'] == 0).all() and (other['cloud_impact'] == 0).all()))
+
+def test_workers_that_run_already_hear_of_the_next_epoch_and_draw_the_same_clouds():
+    from torch.utils.data import DataLoader
+
+    from rs_mtl.worlds.land import Land
+    data = Clouded(Land(4, 24), cover=.7)
+    loader = DataLoader(data, batch_size=2, num_workers=1, persistent_workers=True)
+    for epoch in (0, 1):
+        data.set_epoch(epoch)
+        apart = torch.cat([b['image'] for b in loader])
+        assert torch.equal(apart, torch.stack([data[i]['image'] for i in range(4)]))
+
+def test_clouds_over_a_public_set_without_any_and_its_gaps_stay_gaps(root):
+    # labels are scored under the same clouds in every epoch, learned from under others
+    how = dict(root=root/'whu', cover=(.6, .9), sky='broken', end_member=(.95,)*4, layers=['image', 'sar', 'mask', 'clear', 'cloud_impact'], size=64, splits={'train': ['NH49E004021', 'NH49E005014'], 'test': ['NH49E001014']}, val=0)
+    train, test = (open_data('whu_opt_sar', s, **how) for s in ('train', 'test'))
+    s = test[0]
+    assert {'image', 'sar', 'mask', 'clear', 'cloud_impact'} <= s.keys() and s['cloud_impact'].max() > .5
+    assert torch.equal(s['valid_image'], s['valid_clear']) and torch.equal((s['image'] != s['clear']).any(0) & (s['cloud_impact'][0] == 0), torch.zeros(64, 64, dtype=torch.bool))
+    assert s['image'].max() > .85 > s['clear'].max()
+    test.set_epoch(3); assert same(s, test[0])
+    first = train[0]; train.set_epoch(1); assert not torch.equal(first['cloud_impact'], train[0]['cloud_impact'])
+    assert train.classes == test.classes and 'clouds of broken' in train.treatment
+
+def test_an_image_that_is_no_reflectance_and_a_data_set_without_image_are_refused(root):
+    from rs_mtl.core import DataError
+    class Bytes(torch.utils.data.Dataset):
+        def __init__(self, layer): self.layer = layer
+        def __len__(self): return 1
+        def __getitem__(self, i): return {self.layer: torch.full((4, 16, 16), 120.)}
+    with pytest.raises(DataError, match='reflectance'): Clouded(Bytes('image'))[0]
+    with pytest.raises(DataError, match="an 'image' without clouds"): Clouded(Bytes('sar'))[0]
+
+@pytest.mark.parametrize('world', ['land', 'city'])
+def test_both_worlds_give_clear_images_and_the_truth_under_a_range_of_covers(world):
+    data = open_data(world, 'train', n=6, size=64, cover=(0, .9), sky='broken')
+    shares = [data[i]['cloud_impact'].gt(.1).float().mean().item() for i in range(6)]
+    assert min(shares) < .35 and max(shares) > .5
+    s = data[shares.index(max(shares))]
+    assert s['image'].shape == s['clear'].shape and not torch.equal(s['image'], s['clear'])
+
+
+# M3M-CR: 160 pixels of the image, 48 of the labels
+
+def test_m3mcr_opens_with_radar_on_the_image_and_labels_on_their_own_pixels(root):
+    how = run_options('m3mcr', root/'m3mcr', ['image', 'sar'], ['mask', 'clear', 'cloud_impact'], own_labels=True)
+    native, data = open_dataset('m3mcr', root/'m3mcr', crop=160, n=4, seed=1), open_data('m3mcr', 'train', n=4, size=160, seed=1, **how)
+    a, s = native[0], data[0]
+    assert s['mask'].shape == (48, 48) and s['valid_mask'].shape == (1, 48, 48) and s['sar'].shape == (2, 160, 160) and s['cloud_impact'].shape == (1, 160, 160)
+    assert torch.equal(a['mask'], s['mask']) and torch.equal(a['image'], s['image'])
+    at = ((torch.arange(160) + .5)*.3).long()  # the radar pixel under each centre
+    assert torch.equal(s['sar'], a['sar'][:, at][:, :, at]) and torch.equal(s['valid_sar'], a['valid_sar'][:, at][:, :, at])
+    assert layers_of('m3mcr') == ('image', 'sar', 'mask', 'clear', 'cloud_impact')
+    with pytest.raises(ConfigError, match="no layer 'radar'"): open_dataset('m3mcr', root/'m3mcr', one_grid=['radar'])
+
+def test_segcr_learns_and_is_scored_on_the_label_grid(root):
+    from rs_mtl.training.fit import evaluate, fit
+    how = run_options('m3mcr', root/'m3mcr', ['image', 'sar'], ['mask', 'clear', 'cloud_impact'], own_labels=True)
+    train, test = (open_data('m3mcr', s, n=2, size=160, **how) for s in ('train', 'test'))
+    net = rs_mtl.create_model('segcr', bands=4, sar_bands=2, classes=6, encoder='resnet10t', width=8, full=8, detail=0, label_scale=.3)
+    run = fit(net, train, objective=SegCR(net.tasks), epochs=1, steps=1, batch_size=2)
+    values = evaluate(net, test, objective=SegCR(net.tasks), batch_size=1)['values']
+    assert run.step == 1 and values['pixels'] == sum(int((s['mask'] != IGNORE).sum()) for s in (test[0], test[1]))
+    assert 0 <= values['miou_cloudy'] <= 1 and math.isfinite(values['clear_psnr_cloudy']) and 0 <= values['cloud_impact_auroc'] <= 1
+
+
+# runs
+
+def command(*argv):
+    import subprocess
+    import sys
+    return subprocess.run([sys.executable, '-c', 'import sys; from rs_mtl.apply.cli import main; sys.exit(main())', *map(str, argv)], capture_output=True, text=True, timeout=300)
+
+def test_the_command_line_trains_segcr_on_the_country_with_clouds_and_prints_the_floor(tmp_path):
+    import json
+    said = command('train', 'segcr', '--data', 'land', '--quick', '--out', tmp_path/'run', '--options', 'width=8,full=8,detail=0')
+    assert said.returncode == 0 and 'PSNR' in said.stdout, said.stderr
+    told = json.loads((tmp_path/'run'/'metrics.json').read_text())
+    assert {'miou', 'miou_cloudy', 'clear_psnr', 'clear_ssim_cloudy', 'cloud_impact_auroc', 'cloud_impact_on_clear'} <= told['values'].keys()
+    assert told['floors']['clear_psnr'] > 5 and told['parameters']['tasks'] == 'mask,clear,cloud_impact' and told['parameters']['inputs'] == 'image,sar'
+    assert 'doing nothing' in (tmp_path/'run'/'train.ipynb').read_text()
+
+def test_the_command_line_trains_and_evaluates_segcr_on_m3mcr(root, tmp_path):
+    import json
+    said = command('train', 'segcr', '--data', 'm3mcr', '--root', root/'m3mcr', '--quick', '--epochs', 1, '--n', 2, '--batch-size', 2, '--out', tmp_path/'run', '--encoder', 'resnet10t', '--options', 'width=8,full=8,detail=0')
+    assert said.returncode == 0, said.stderr
+    assert json.loads((tmp_path/'run'/'model.json').read_text())['config']['label_scale'] == .3
+    said = command('evaluate', tmp_path/'run', '--root', root/'m3mcr', '--size', 160, '--n', 2)
+    assert said.returncode == 0 and 'evaluate: mIoU' in said.stdout, said.stderr
+
+def settled(**parameters):
+    "What the first two cells of a training run make of its parameters."
+    import json
+    from pathlib import Path
+    cells = json.loads((Path(__file__).parents[1]/'nbs'/'runs'/'train.ipynb').read_text())['cells']
+    first, second = [''.join(c['source']) for c in cells if c['cell_type'] == 'code'][:2]
+    names = {}
+    exec(first, names); names.update(parameters); exec(second, names)
+    return names
+
+def test_a_run_of_segcr_knows_what_it_needs(root):
+    land = settled(model='segcr', data='land')
+    assert (land['inputs'], land['tasks'], land['how']) == ('image,sar', 'mask,clear,cloud_impact', {'cover': (0, .9)})
+    assert settled(model='segcr', data='land', data_options='cover=.3,sky=(thin,haze)')['how'] == {'cover': .3, 'sky': ('thin', 'haze')}
+    assert settled(model='segcr', data='land', tasks='mask')['tasks'] == 'mask'
+    m3 = settled(model='segcr', data='m3mcr', root=str(root/'m3mcr'))
+    assert (m3['size'], m3['tasks'], m3['how']['one_grid']) == (160, 'mask,clear,cloud_impact', ['image', 'clear', 'sar', 'cloud_impact'])
+    whu = settled(model='segcr', data='whu_opt_sar', root=str(root/'whu'))
+    assert whu['tasks'] == 'mask' and whu['how']['layers'] == ('image', 'sar', 'mask')
+    assert settled(model='segcr', data='whu_opt_sar', root=str(root/'whu'), data_options='cover=(.2,.8)')['tasks'] == 'mask,clear,cloud_impact'
+    plain_run = settled(model='plain', data='land')
+    assert (plain_run['inputs'], plain_run['tasks'], plain_run['how']) == ('image', '', {})
+    with pytest.raises(ConfigError, match='few labels'): settled(model='segcr', data='land', labels='1/4')
+    with pytest.raises(ConfigError, match='method_options'): settled(model='plain', data='land', method_options='cloud=0')
