@@ -208,11 +208,11 @@ def score(answer: Answer,
 # %% ../../nbs/apply/78_answers.ipynb #dbd52e20
 LAYER = {'mask': ('classes', 'classes'), 'height': ('height', 'height'), 'clear': ('clear image', 'rgb'), 'cloud_impact': ('cloud impact', 'share')}  # map -> name, kind
 
-def answer_layers(answers: Sequence[Answer], scene: Any, window: Window) -> list[Drawn]:
+def answer_layers(answers: Sequence[Answer], scene: Any, window: Window, named: bool = False) -> list[Drawn]:
     "The maps of answers as pictures in their place, equal colours for equal values."
     grid, drawn = Grid(scene.crs, scene.transform, scene.shape).from_pixel(window.row, window.col, (window.height, window.width)), []
     for a in answers:
-        end = f' · {a.net}' if len(answers) > 1 else ''
+        end = f' · {a.net}' if named else ''
         for key, values in a.maps.items():
             name, kind = LAYER.get(key, (key.replace('_', ' '), 'value'))
             drawn.append(draw_array(name + end, a.mask if key == 'mask' else values if kind == 'rgb' else values[0], grid, kind, a.valid, bands=getattr(scene, 'bands', ()), classes=a.classes, palette=a.palette))

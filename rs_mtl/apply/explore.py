@@ -180,14 +180,14 @@ class Explorer:
         return [_overview(self.scene, n, side) for n in ('image', 'sar') if n in self.scene.layers] or [_overview(self.scene, next(iter(self.scene.layers)), side)]
 
     def layers(self) -> list[Drawn]:
-        "What there is to see of the window: the cloudy image, the truth where it is known, the answers."
+        "What there is to see of the window: the image that the nets saw, the truth where it is known, the answers."
         w, truth, sample = self._need(), self.truth(), self.sample()
         grid = Grid(self.scene.crs, self.scene.transform, self.scene.shape).from_pixel(w.row, w.col, (w.height, w.width))
         ok = lambda k: truth[valid_key(k)][0] if valid_key(k) in truth else None
-        drawn = [draw_array('image under clouds', self._inner(sample['image'].numpy()), grid, 'rgb', self._inner(sample[valid_key('image')].numpy())[0], bands=self.scene.bands)] if self.cover else []
+        drawn = [draw_array('image seen', self._inner(sample['image'].numpy()), grid, 'rgb', self._inner(sample[valid_key('image')].numpy())[0], bands=self.scene.bands)] if 'image' in sample else []
         for key, name, kind in (('mask', 'true classes', 'classes'), ('height', 'true height', 'height'), ('cloud_impact', 'true cloud impact', 'share')):
             if key in truth: drawn.append(draw_array(name, truth[key] if key == 'mask' else truth[key][0], grid, kind, ok(key), classes=self.scene.classes, palette=self.scene.palette))
-        drawn += answer_layers(list(self.answers.values()), self.scene, w)
+        drawn += answer_layers(list(self.answers.values()), self.scene, w, len(self.nets) > 1)
         alike(drawn)
         return drawn
 

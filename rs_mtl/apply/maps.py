@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RAMPS', 'UNITS', 'Drawn', 'draw_layer', 'draw_array', 'data_url', 'gradient', 'legend_html', 'view_of', 'Stage',
-           'swipe_box', 'sheet', 'MapView', 'show_map', 'alike']
+           'sheet', 'MapView', 'show_map', 'alike']
 
 # %% ../../nbs/apply/72_maps.ipynb #32f98569
 import base64, io, math
@@ -221,14 +221,18 @@ class Stage:
         centre, zoom = view_of(around)
         self.map = leafmap.Map(center=list(centre), zoom=zoom, zoom_snap=.25, height=height, toolbar_control=False, draw_control=False, measure_control=False, attribution_control=False)
         self.map.add(ipyleaflet.AttributionControl(position='bottomright', prefix=''))
-        self.map.panes = {f'rs{i}': {'zIndex': 410 + i} for i in range(self.slots)}  # a swipe needs one pane per layer
+        self.map.panes = {f'rs{i}': {'zIndex': 210 + i} for i in range(self.slots)}  # a swipe needs one pane per layer; what is drawn by hand lies above, at 400
         self.drawn: dict[str, Drawn] = {}
         self.over: dict[str, Any] = {}
         self.rows: dict[str, Any] = {}
         self.pair: tuple[str, str] | None = None
+        self._wanted: tuple[str | None, str | None] = (None, None)
+        self._quiet = False  # while the lists below follow the layers
         self._split: Any = None
         self._hidden: set[str] = set()  # while two layers are swiped
         self.legend, self.list = ipywidgets.HTML(), ipywidgets.VBox()
+        self.sides = [_side(ipywidgets, which, self._chosen) for which in ('left', 'right')]
+        self.swiper = ipywidgets.HBox([self.sides[0], ipywidgets.HTML('⇔'), self.sides[1]])
         self.map.add(ipyleaflet.WidgetControl(widget=self.legend, position='bottomright'))
 
     def put(self, drawn: Iterable[Drawn], opacity: float = 1., visible: bool = True) -> None:
@@ -256,7 +260,7 @@ class Stage:
             if name not in self.drawn: raise ConfigError(f'there is no layer {name!r} to swipe', f'one of {", ".join(self.drawn)}', _closest(str(name), self.drawn))
         if self._split: self.map.remove(self._split)
         for name in self._hidden & set(self.over): self.over[name].visible = True
-        self._split, self.pair, self._hidden = None, pair, set()
+        self._split, self.pair, self._hidden, self._wanted = None, pair, set(), (left, right)
         self._show()
         if not pair: return
         low = min(int(self.over[n].pane[2:]) for n in pair)
@@ -275,10 +279,19 @@ class Stage:
     def _show(self) -> None:
         "Map, list and legend follow the layers."
         ours = [o for n, o in self.over.items() if n not in (self.pair or ())]  # a split brings its two layers itself
-        other = [l for l in self.map.layers if not str(getattr(l, 'pane', '')).startswith('rs') or isinstance(l, self._make.Path)]
+        other = [l for l in self.map.layers if not str(getattr(l, 'pane', '')).startswith('rs')]
         self.map.layers = (*other, *ours)
         self.list.children = tuple(self.rows[n] for n in reversed(self.drawn))
         self.legend.value = legend_html(list(self.drawn.values()))
+        self._quiet = True
+        for box, wanted in zip(self.sides, self._wanted):
+            box.options = [('–', ''), *((n, n) for n in self.drawn)]
+            box.value = wanted if wanted in self.drawn else ''
+        self._quiet = False
+
+    def _chosen(self, change: Any) -> None:
+        "A list was changed by hand."
+        if not self._quiet: self.swipe(*(box.value or None for box in self.sides))
 
 # %% ../../nbs/apply/72_maps.ipynb #3992c0a4
 def _row(ui: Any, name: str, layer: Any) -> Any:
@@ -296,14 +309,11 @@ def _leafmap() -> Any:
         return leafmap.leafmap
     except ImportError as e: raise ConfigError(f'maps need leafmap: {e}', 'the extra that brings it', "pip install 'rs_mtl[maps]'") from e
 
-def swipe_box(stage: Stage) -> Any: # a row of two lists
-    "Lists of the layers, for the left and the right side of a divider."
-    ui = stage._ui
-    side = lambda which, now: ui.Dropdown(options=['–', *stage.drawn], value=now, tooltip=f'Layer on the {which} of the divider; – for no divider', layout={'width': '118px'})
-    left, right = (side(w, n) for w, n in zip(('left', 'right'), stage.pair or ('–', '–')))
-    def chosen(change: Any) -> None: stage.swipe(*(None if w.value == '–' else w.value for w in (left, right)))
-    for w in (left, right): w.observe(chosen, 'value')
-    return ui.HBox([left, ui.HTML('⇔'), right])
+def _side(ui: Any, which: str, chosen: Any) -> Any:
+    "A list of the layers for one side of the divider."
+    box = ui.Dropdown(options=[('–', '')], value='', tooltip=f'The layer on the {which} of the divider; – for no divider', layout={'width': '118px'})
+    box.observe(chosen, 'value')
+    return box
 
 # %% ../../nbs/apply/72_maps.ipynb #06b77ac5
 def sheet(layers: Sequence[Drawn], # of one place
@@ -373,7 +383,7 @@ def show_map(layers: Mapping[str, str | Path],        # name -> raster, from the
     stage.put(drawn[1:], opacity)
     for name in (n for n in layers if compare and n not in compare): stage.over[name].visible = False
     if compare: stage.swipe(*compare)
-    parts = [stage.list, *([swipe_box(stage)] if len(layers) > 1 else [])]
+    parts = [stage.list, *([stage.swiper] if len(layers) > 1 else [])]
     box = stage._ui.Accordion([stage._ui.VBox(parts, layout={'overflow': 'hidden'})], titles=('Layers',), selected_index=0, layout={'width': '290px'})
     stage.map.add(stage._make.WidgetControl(widget=box, position='bottomleft'))
     return MapView(stage)
