@@ -198,5 +198,13 @@ def test_an_ablation_of_learning_from_few_labels_draws_them_and_leaves_a_curve(t
     assert [(r['variant'], r['labels']) for r in found['rows']] == [('supervised', '8'), ('dllr', '8')] and 'keep theirs' in found['protocol']
 
 
+def test_an_ablation_under_cloud_is_told_by_cover_and_without_clouds(tmp_path):
+    run('ablate', tmp_path, model='segcr', quick=True, only='concat;full', options='width=8,full=8,detail=4', out=str(tmp_path))
+    found = json.loads((tmp_path/'segcr_ablation.json').read_text())
+    whole = [r for r in found['rows'] if r['bucket'] == 'all']
+    assert [r['variant'] for r in whole] == ['concat', 'full'] and all(r['psnr'] > 0 and 'miou_on_clear' in r for r in whole)
+    assert {r['bucket'] for r in found['rows']} == {'all', '0-20%', '20-40%', '40-60%', '60-80%', '80-100%'} and 'cover' in found['protocol']
+
+
 def test_an_ablation_of_a_variant_that_does_not_exist_names_what_was_meant(tmp_path):
     with pytest.raises(RunFailed, match="did you mean 'full'"): run('ablate', tmp_path, quick=True, only='ful', out=str(tmp_path))

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ABLATIONS', 'SHORT', 'Plan', 'plan_of', 'variants', 'train_row', 'run_table', 'summary', 'few_labels', 'costs',
-           'figure', 'label_curve']
+           'figure', 'label_curve', 'cover_curve']
 
 # %% ../../nbs/apply/76_ablation.ipynb #f81d83bb
 import json, math, re, time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..core import ConfigError, _closest, create_model, progress, write_json
 from ..training.fit import evaluate, fit
 from ..training.losses import Objective
 from ..training.metrics import plain
+from ..training.segcr import SegCR
 from ..training.semi import semi_objective
 
 # %% ../../nbs/apply/76_ablation.ipynb #71be9c15
@@ -34,6 +35,8 @@ class Plan:
     baseline: str                                        # variant of the dashed line
     result: str                                          # name of the file that is left behind
     curve: tuple[str, ...] = ()                          # variants that are trained with every share of labels; the others with the first share only
+    options: Mapping[str, Any] = field(default_factory=dict)            # how a synthetic world is drawn
+    also: Mapping[str, Mapping[str, Any]] = field(default_factory=dict) # more test sets: name -> what is drawn differently
 
 _CTME: dict[str, Any] = {'model': 'ctme', 'embedding': False, 'distillation': False, 'interaction': None}
 
@@ -69,6 +72,21 @@ ABLATIONS['dllr'] = Plan({
     'dllr, no pseudo-labels': _dllr(consistency=None),
 }, 'land', ('image', 'sar'), ('mask',), {'miou': 'mIoU'}, 'supervised', 'dllr_labels', curve=('supervised', 'unimatch', 'dllr'))
 
+# %% ../../nbs/apply/76_ablation.ipynb #e42e1a97
+_SEGCR: dict[str, Any] = {'model': 'segcr', 'tasks': ('mask', 'clear'), 'fusion': 'concat', 'cloud_impact': False, 'translation': False}
+
+ABLATIONS['segcr'] = Plan({
+    'optical only': [_SEGCR | {'fusion': 'image'}],
+    'radar only': [_SEGCR | {'fusion': 'sar'}],
+    'concat': [_SEGCR],
+    '+ translation': [_SEGCR | {'translation': True}],
+    '+ impact': [{'model': 'segcr', 'translation': False}],
+    'full': [{'model': 'segcr'}],
+    'full, classes only': [{'model': 'segcr', 'tasks': ('mask', 'cloud_impact')}],
+    'full, clear image only': [{'model': 'segcr', 'tasks': ('clear', 'cloud_impact')}],
+}, 'land', ('image', 'sar'), ('mask', 'clear', 'cloud_impact'), {'miou_cloudy': 'mIoU under cloud', 'psnr': 'PSNR, dB', 'miou_on_clear': 'mIoU without clouds'}, 'concat', 'segcr_ablation',
+    options={'cover': (0., .9)}, also={'on_clear': {'cover': 0.}})
+
 # %% ../../nbs/apply/76_ablation.ipynb #5fd8ac44
 def plan_of(name: str) -> Plan: # the ablation of a model
     "The plan of a table."
@@ -90,7 +108,7 @@ def _slug(variant: str) -> str: return re.sub(r'[^a-z0-9]+', '-', variant.lower(
 def train_row(variant: str,                       # its name
               nets: Sequence[Mapping[str, Any]],  # what is built, each over `common`
               seed: int,                          # of weights, order and the draw of labels
-              data: Mapping[str, Any],            # 'train', 'val' and 'test' data sets; 'train' may be a function of a lesson, labels and seed
+              data: Mapping[str, Any],            # 'train', 'val' and 'test' data sets; 'train' may be a function of a lesson, labels and seed; more test sets by their names
               folder: str | Path,                 # of the table; the row gets a folder in it
               common: Mapping[str, Any],          # arguments of every net: bands, classes, encoder, …
               labels: str = '',                   # share of the places that keep their labels
@@ -115,19 +133,23 @@ def train_row(variant: str,                       # its name
         scores |= result['values']
         row['params'] += sum(p.numel() for p in net.parameters())
         row['seconds'] += round(run.seconds, 1)
-    row |= {short: scores[name] for short, name in SHORT.items() if name in scores}
+        for also in (k for k in data if k not in ('train', 'val', 'test')):
+            scores |= {f'{k}_{also}': v for k, v in evaluate(net, data[also], batch_size=how.get('batch_size', 8))['values'].items() if k in SHORT.values()}
+    row |= {short + end: scores[name + end] for end in ('', *(f'_{k}' for k in data if k not in ('train', 'val', 'test'))) for short, name in SHORT.items() if name + end in scores}
+    if covers := [scores[k] for k in ('mask_by_cover', 'clear_by_cover') if k in scores]: row['by_cover'] = {c: {k: v for some in covers for k, v in some[c].items()} for c in covers[0]}
     write_json(done, plain({'row': row, 'scores': scores, 'protocol': result['protocol'], 'settings': settings}))
     return plain(row)
 
-SHORT = {'miou': 'miou', 'mf1': 'mf1', 'oa': 'oa', 'rmse': 'height_rmse', 'mae': 'height_mae', 'rmse_tall': 'height_rmse_tall', 'delta1': 'height_delta1', 'psnr': 'clear_psnr', 'impact_mae': 'cloud_impact_mae'}
+SHORT = {'miou': 'miou', 'mf1': 'mf1', 'oa': 'oa', 'miou_cloudy': 'miou_cloudy', 'rmse': 'height_rmse', 'mae': 'height_mae', 'rmse_tall': 'height_rmse_tall', 'delta1': 'height_delta1',
+         'psnr': 'clear_psnr', 'psnr_cloudy': 'clear_psnr_cloudy', 'ssim': 'clear_ssim', 'sam': 'clear_sam', 'impact_mae': 'cloud_impact_mae', 'impact_auroc': 'cloud_impact_auroc', 'impact_on_clear': 'cloud_impact_on_clear'}
 
 def _pupil(config: dict[str, Any], seed: int) -> tuple[Any, Any, dict[str, Any]]: # net, objective, lesson
     "What a variant trains."
-    lesson = dict(config.pop('lesson', {}))
+    lesson, model = dict(config.pop('lesson', {})), config.pop('model')
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = create_model(config.pop('model'), **config)
-    return net, semi_objective(tasks=net.tasks, **lesson) if lesson else Objective(net.tasks), lesson
+        net = create_model(model, **config)
+    return net, semi_objective(tasks=net.tasks, **lesson) if lesson else SegCR(net.tasks) if model == 'segcr' else Objective(net.tasks), lesson
 
 # %% ../../nbs/apply/76_ablation.ipynb #aa08c92b
 def run_table(table: Mapping[str, Sequence[Mapping[str, Any]]],  # variant -> nets, as `variants` gives them
@@ -151,8 +173,8 @@ def summary(rows: Sequence[Mapping[str, Any]],               # of a table
     for name, share in dict.fromkeys((r['variant'], r.get('labels', '')) for r in rows):
         mine = [r for r in rows if (r['variant'], r.get('labels', '')) == (name, share)]
         line: dict[str, Any] = {'variant': name, **({'labels': share} if share else {}), 'seeds': len(mine), 'params': mine[0]['params']}
-        for s in (s for s in scores if s in mine[0]):
-            values = [r[s] for r in mine]
+        for s in scores:
+            if not (values := [r[s] for r in mine if r.get(s) is not None]): continue   # what a test set cannot tell is not there
             line |= {s: float(np.mean(values)), f'{s}_std': float(np.std(values, ddof=1)) if len(values) > 1 else math.nan}
         out.append(line)
     return out
@@ -254,5 +276,27 @@ def label_curve(rows: Sequence[Mapping[str, Any]], # of a table with labels
         mean, std = (np.array([of[shares[i]][k] for i in x]) for k in (score, f'{score}_std'))
         ax.plot(x, mean, 'o-', label=name); ax.fill_between(x, mean - np.nan_to_num(std), mean + np.nan_to_num(std), alpha=.15)
     ax.set(xticks=range(len(shares)), xticklabels=shares, xlabel='share of the places with labels', ylabel=label); ax.grid(alpha=.3); ax.legend(frameon=False, fontsize=8)
+    plt.close(fig)
+    return fig
+
+# %% ../../nbs/apply/76_ablation.ipynb #26083aa2
+def cover_curve(rows: Sequence[Mapping[str, Any]],       # of a table that was scored by cloud cover
+                scores: Mapping[str, str] | None = None  # what to draw, and its label; None: mIoU and PSNR
+               ) -> Any:                                 # a matplotlib figure
+    "Scores against cloud cover, means over the seeds with their spread as a band."
+    import matplotlib.pyplot as plt
+    scores = scores or {'miou': 'mIoU', 'psnr': 'PSNR, dB'}
+    fig, axes = plt.subplots(1, len(scores), figsize=(4.6*len(scores), 3.2), squeeze=False, layout='constrained')
+    for ax, (score, label) in zip(axes[0], scores.items(), strict=True):
+        for name in dict.fromkeys(r['variant'] for r in rows):
+            mine = [r['by_cover'] for r in rows if r['variant'] == name and all(score in v for v in r['by_cover'].values())]
+            if not mine: continue
+            covers = list(mine[0])
+            values = np.array([[np.nan if r[c][score] is None else r[c][score] for c in covers] for r in mine], dtype=float)
+            mean, std = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(covers))
+            ax.plot(mean, 'o-', ms=4, label=name); ax.fill_between(range(len(covers)), mean - std, mean + std, alpha=.12)
+            ax.set(xticks=range(len(covers)), xticklabels=covers, xlabel='cloud cover of the image', ylabel=label)
+        ax.grid(alpha=.3)
+    axes[0][0].legend(frameon=False, fontsize=8)
     plt.close(fig)
     return fig
