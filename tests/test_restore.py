@@ -6,11 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import rs_mtl  # noqa: F401  before torchmetrics and scikit-learn
+import layouts
+import rs_mtl  # before torchmetrics and scikit-learn
 from rs_mtl.core import IGNORE, ConfigError
+from rs_mtl.data.clouded import Clouded
+from rs_mtl.data.datasets import layers_of, open_data, open_dataset, run_options
 from rs_mtl.training.losses import ssim, ssim_loss
 from rs_mtl.training.metrics import Scores, plain
 from rs_mtl.training.restoration import RestorationScores, spectral_angle
+from rs_mtl.training.segcr import SegCR, cloud_target, follow_loss, impact_loss, restoration_loss, weak_impact
 from rs_mtl.training.under_cloud import COVERS, ImpactScores, sky_of
 
 pytestmark = pytest.mark.filterwarnings('ignore:The ``compute`` method')
@@ -228,8 +232,6 @@ def test_a_task_that_the_batch_does_not_hold_is_named():
 
 # the objective
 
-from rs_mtl.training.segcr import SegCR, cloud_target, follow_loss, impact_loss, restoration_loss, weak_impact  # noqa: E402
-
 
 class Eyes(torch.nn.Module):
     "The contract of the segcr net, in a few convolutions."
@@ -367,11 +369,6 @@ def test_labels_and_answers_on_other_grids_are_refused_in_words():
 
 
 # clouds over any data set
-
-from rs_mtl.data.clouded import Clouded  # noqa: E402
-from rs_mtl.data.datasets import layers_of, open_data, open_dataset, run_options  # noqa: E402
-
-import layouts  # noqa: E402
 
 
 @pytest.fixture(scope='module')
