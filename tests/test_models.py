@@ -36,6 +36,13 @@ CASES = {
     'dllr, three tasks': dict(model='dllr', bands=4, sar_bands=2, classes=7, tasks=('mask', 'height', 'clear'), norm='group', detail=0, **TINY),
     'dllr, convnext': dict(model='dllr', bands=13, sar_bands=2, classes=7, encoder='convnext_atto', width=16),
     'dllr, pvt': dict(model='dllr', bands=4, sar_bands=2, classes=7, encoder='pvt_v2_b0', width=16),
+    'segcr': dict(model='segcr', bands=4, sar_bands=2, classes=7, **TINY),
+    'segcr, plain fusion': dict(model='segcr', bands=4, sar_bands=2, classes=7, fusion='concat', cloud_impact=False, translation=False, **TINY),
+    'segcr, translation alone': dict(model='segcr', bands=13, sar_bands=1, classes=7, fusion='concat', tasks=('mask', 'clear'), norm='group', **TINY),
+    'segcr, four tasks': dict(model='segcr', bands=3, sar_bands=2, classes=6, translation=False, tasks=('mask', 'height', 'clear', 'cloud_impact'), detail=0, **TINY),
+    'segcr, optical alone': dict(model='segcr', bands=4, classes=7, fusion='image', **TINY),
+    'segcr, convnext': dict(model='segcr', bands=4, sar_bands=2, classes=7, encoder='convnext_atto', width=16),
+    'segcr, swin': dict(model='segcr', bands=4, sar_bands=2, classes=7, encoder='swin_tiny_patch4_window7_224', width=16),
 }
 
 
@@ -54,6 +61,7 @@ def batch_for(config, n=2, h=64, w=64, seed=0):
 
 def channels(config):
     all_ = {'mask': config['classes'], 'height': 1, 'clear': config['bands'], 'cloud_impact': 1}
+    if config['model'] == 'segcr': return {t: all_[t] for t in config.get('tasks', ('mask', 'clear', 'cloud_impact'))}
     if config['model'] != 'dllr': return {t: all_[t] for t in config.get('tasks', ('mask', 'height'))}
     return {f'{t}{own}': all_[t] for t in config.get('tasks', ('mask',)) for own in ('', '_image', '_sar')}  # while training, each sensor answers, too
 
@@ -148,7 +156,7 @@ def test_bfloat16_autocast_runs_and_stays_close(case):
         assert (a[k] - b[k].float()).abs().mean() < .1 * (a[k].abs().mean() + .1)
 
 
-@pytest.mark.parametrize('name', ['plain', 'plain, two sensors', 'plain, convnext', 'ctme', 'ctme, controls', 'ctme, own keys', 'ctme, swin', 'dllr', 'dllr, three tasks', 'dllr, convnext'])
+@pytest.mark.parametrize('name', ['plain', 'plain, two sensors', 'plain, convnext', 'ctme', 'ctme, controls', 'ctme, own keys', 'ctme, swin', 'dllr', 'dllr, three tasks', 'dllr, convnext', 'segcr', 'segcr, four tasks', 'segcr, swin'])
 def test_torch_export_gives_the_same_maps(name):
     config = dict(CASES[name])
     torch.manual_seed(0)
@@ -161,7 +169,7 @@ def test_torch_export_gives_the_same_maps(name):
         torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', ['plain, two sensors', 'ctme', 'ctme, two sensors, three tasks', 'ctme, swin', 'dllr', 'dllr, one sar band'])
+@pytest.mark.parametrize('name', ['plain, two sensors', 'ctme', 'ctme, two sensors, three tasks', 'ctme, swin', 'dllr', 'dllr, one sar band', 'segcr', 'segcr, translation alone'])
 def test_onnx_runtime_gives_the_same_maps(name, tmp_path):
     ort = pytest.importorskip('onnxruntime')
     config = dict(CASES[name])

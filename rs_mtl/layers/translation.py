@@ -18,7 +18,7 @@ class Rewrite(nn.Module):
     "A residual block whose last convolution starts at 0: at first it changes nothing."
     def __init__(self, width: int, norm: str = 'batch'):
         super().__init__()
-        inside = max(8, width//2)
+        inside = max(16, width//2)   # group norm needs two channels in a group
         self.change = nn.Sequential(conv_block(width, inside, 1, norm), conv_block(inside, inside, norm=norm), nn.Conv2d(inside, width, 1))
         nn.init.zeros_(self.change[-1].weight); nn.init.zeros_(self.change[-1].bias)  # type: ignore[arg-type]
 
