@@ -107,6 +107,17 @@ def test_an_invalid_pixel_changes_neither_ssim_nor_its_gradient(seed, share, gar
         assert loss.isfinite() and x.grad.isfinite().all() and not x.grad[~valid.expand_as(p)].any()
     assert out[0][0] == out[1][0] and torch.equal(out[0][1], out[1][1])
 
+def test_windows_that_hold_an_invalid_pixel_do_not_count_and_the_others_are_those_of_torchmetrics():
+    from torchmetrics.functional.image import structural_similarity_index_measure
+    (p, t), valid = pictures(6), torch.ones(2, 1, 24, 31, dtype=torch.bool)
+    valid[0, 0, 3, 8] = valid[1, 0, 20, 30] = False
+    full = structural_similarity_index_measure(p.double(), t.double(), data_range=1., sigma=1.5, kernel_size=11, return_full_image=True)[1].mean(1, keepdim=True)
+    similar, counts = ssim(p, t, valid)
+    for i, (r, c) in enumerate(((3, 8), (20, 30))):
+        near = ((torch.arange(24)[:, None] - r).abs() <= 5) & ((torch.arange(31) - c).abs() <= 5)
+        assert torch.equal(counts[i, 0], ~near)
+    assert (similar - full)[counts].abs().max() < 1e-4 and (similar - full)[counts].mean().abs() < 1e-5
+
 def test_the_gradient_of_ssim_agrees_with_finite_differences():
     p, t = (x.double() for x in pictures(3, 1, 2, 8, 9))
     assert ssim(p, t)[0].dtype == torch.float32
@@ -142,7 +153,7 @@ def test_auroc_and_rank_correlation_are_those_of_scikit_learn_and_scipy(seed, ti
     for i in range(4): s.update(torch.where(valid, p, torch.nan)[i:i+1], torch.where(valid, t, torch.nan)[i:i+1], valid[i:i+1])
     found, (a, b) = s.compute(), (p[valid].numpy(), t[valid].numpy())
     assert found['auroc'].item() == pytest.approx(roc_auc_score(b > .1, a), abs=1e-3)
-    assert found['spearman'].item() == pytest.approx(spearmanr(a, b).statistic, abs=1e-3)
+    assert found['spearman'].item() == pytest.approx(spearmanr(a, b).statistic, abs=2e-3)  # of a thousand pixels
     assert found['mae'].item() == pytest.approx(abs(a.astype(float) - b).mean(), abs=1e-6)
 
 def test_scores_on_the_bins_themselves_are_exact():
@@ -156,6 +167,7 @@ def test_scores_on_the_bins_themselves_are_exact():
 def test_clear_scenes_are_those_without_any_cloud_and_only_valid_pixels_of_them_count():
     truth, p = torch.zeros(4, 1, 4, 4), torch.full((4, 1, 4, 4), .2)
     truth[0, 0, 0, 0], truth[1, 0, 0, 0], valid = .02, .9, whole(p)
+    p[0] = .6                                                         # of a scene that is nearly clear
     valid[1, 0, 0, 0] = False; p[1, 0, 0, 0] = .9; valid[3] = False; p[3] = .7
     s = ImpactScores(); s.update(p, truth, valid)
     assert s.compute()['on_clear'].item() == pytest.approx(.2)
@@ -310,7 +322,7 @@ def test_a_weight_of_zero_takes_a_term_away_and_changes_nothing_else():
 def test_simulated_features_follow_the_camera_and_the_camera_does_not_follow_them():
     net, batch = eyes(tasks=('mask',)), seen()
     out = net.train()(batch)
-    follow_loss({'aux_simulated_4': out['aux_simulated_4']}, net.features(batch['clear'])).backward()
+    follow_loss({'aux_simulated_4': out['aux_simulated_4']}, {'aux_simulated_4': net.image(batch['clear'])}).backward()  # even if a net forgets to stop the gradient
     assert net.sar.weight.grad.any() and net.image.weight.grad is None
 
 @FEW
@@ -320,6 +332,12 @@ def test_the_restoration_loss_is_a_weighted_mean(seed, cloud):
     d = (((b['image'] - b['clear'])**2 + 1e-6).sqrt() - 1e-3).mean(1, keepdim=True)
     w = torch.where(b['valid_clear'], 1 + cloud*b['cloud_impact'], 0)
     assert restoration_loss(b['image'], b['clear'], b['valid_clear'], b['cloud_impact'], cloud, 0).item() == pytest.approx(((w*d).sum()/w.sum()).item(), rel=1e-4)
+
+def test_a_cloud_weight_that_is_no_number_where_the_image_is_invalid_changes_nothing():
+    b = seen(4, holes=.2)
+    bad = torch.where(b['valid_clear'], b['cloud_impact'], torch.nan)
+    a, c = (restoration_loss(b['image'], b['clear'], b['valid_clear'], w).item() for w in (b['cloud_impact'], bad))
+    assert a == c and math.isfinite(a)
 
 def test_a_pixel_whose_cloud_is_unknown_counts_as_a_clear_one():
     b = seen(3)
@@ -334,7 +352,7 @@ def test_the_impact_loss_is_least_at_the_truth_for_shares_and_for_masks(t, p):
     one = lambda v: torch.full((1, 1, 1, 1), v)
     x = one(p).requires_grad_()
     impact_loss(x, one(t)).backward()
-    assert x.grad.isfinite().all() and impact_loss(one(p), one(t)) >= impact_loss(one(t), one(t)) - 1e-6
+    assert x.grad.isfinite().all() and abs(impact_loss(one(t), one(t)).item()) < 1e-5 and impact_loss(one(p), one(t)) >= -1e-5
     if abs(p - t) > .01: assert x.grad.item()*(p - t) > 0
 
 @pytest.mark.parametrize('sky, least', [('thick', .97), ('broken', .97), ('haze', .9), ('shadow_only', .95), ('thin', .95)])
@@ -343,7 +361,7 @@ def test_two_images_tell_where_the_clouds_are_under_any_sky(sky, least):
     places = Land(6, 64, seed=3, cover=(.1, .7), sky=sky)
     b = {k: torch.stack([places[i][k] for i in range(6)]) for k in ('image', 'clear', 'cloud_impact')}
     s = ImpactScores(); s.update(weak_impact(b['image'], b['clear']), b['cloud_impact'], whole(b['image']))
-    assert s.compute()['auroc'] >= least
+    assert s.compute()['auroc'] >= least and s.compute()['mae'] < .12
 
 def test_without_a_cloud_layer_the_two_images_are_asked_and_where_they_cannot_tell_nobody_is():
     b = without(seen(), 'cloud_impact')
@@ -415,6 +433,16 @@ def test_clouds_over_a_public_set_without_any_and_its_gaps_stay_gaps(root):
     test.set_epoch(3); assert same(s, test[0])
     first = train[0]; train.set_epoch(1); assert not torch.equal(first['cloud_impact'], train[0]['cloud_impact'])
     assert train.classes == test.classes and 'clouds of broken' in train.treatment
+
+def test_where_the_clear_image_has_no_data_nothing_is_drawn():
+    from rs_mtl.worlds.land import Land
+    class Torn(Land):
+        def __getitem__(self, i):
+            s = super().__getitem__(i)
+            s['valid_clear'][:, :9] = False; s['clear'] = torch.where(s['valid_clear'], s['clear'], -7.)
+            return s
+    s = Clouded(Torn(1, 32), cover=1., sky='thick')[0]
+    assert (s['image'][:, :9] == -7).all() and not s['cloud_impact'][:, :9].any() and not s['valid_image'][:, :9].any() and (s['image'][:, 9:] > 0).all()
 
 def test_an_image_that_is_no_reflectance_and_a_data_set_without_image_are_refused(root):
     from rs_mtl.core import DataError

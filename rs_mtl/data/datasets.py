@@ -212,7 +212,7 @@ def _open_table(table: Table, split: str, n: int | None = None, size: int | None
     "A split of what a table describes, with every wrong argument named."
     from rs_mtl.data.tables import open_table
     clouds = {k: kwargs.pop(k) for k in CLOUDS if k in kwargs}
-    if clouds: kwargs['layers'] = _ground(table, kwargs.get('layers') or table.use or table.layers)
+    if clouds: kwargs['layers'] = _ground(table, list(kwargs.get('layers') or table.use or table.layers))
     known = list(inspect.signature(open_table).parameters)
     if wrong := [k for k in kwargs if k not in known]: raise ConfigError(f'{table.name} has no argument {wrong[0]!r}', f'one of {", ".join([*known[2:], *CLOUDS])}', _closest(wrong[0], [*known, *CLOUDS]))
     data = open_table(table, root, split, crop=kwargs.pop('crop', size), n=n, seed=seed, **kwargs)

@@ -69,7 +69,7 @@ class CoverMatrix(Metric):
 FINE, COARSE = 1024, 512  # steps of the share, for AUROC and for Spearman's correlation
 
 def _bins(share: Tensor, n: int) -> Tensor:
-    return (share.clamp(0, 1)*n).long().clamp(max=n - 1)
+    return (share.clamp(0, 1)*(n - 1)).ceil().long()  # an exact 0, as beside all clouds, has a bin of its own
 
 def auroc(cloudy: Tensor,   # (bins,) how many cloudy pixels fall into each step of the map
           others: Tensor    # (bins,) how many others
