@@ -1,12 +1,4 @@
 "The map in a real JupyterLab with a real browser: rasters are seen where they lie, and the swipe and the sliders are there."
-import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +9,8 @@ pytest.importorskip('rasterio')
 from rasterio.transform import from_origin
 
 from rs_mtl.data.rasters import write_raster
+from lab import colours, lab, like, needs_browser, notebook, opened  # noqa: F401
 
-BROWSER = next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
-FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
-needs_browser = pytest.mark.skipif(BROWSER is None, reason='no Chromium on this machine: install the package chromium to run the browser tests')
 PLACE = {'crs': 'EPSG:32632', 'transform': from_origin(691_000, 5_335_000, .5, .5)}
 
 
@@ -35,74 +25,52 @@ def rasters(folder: Path) -> dict[str, str]:
             'height': str(write_raster(folder/'height.tif', height, PLACE, nodata=-9999))}
 
 
-def notebook(path: Path, *cells: str) -> None:
-    code = [{'cell_type': 'code', 'execution_count': None, 'id': f'c{i}', 'metadata': {}, 'outputs': [], 'source': c} for i, c in enumerate(cells)]
-    path.write_text(json.dumps({'cells': code, 'metadata': {'kernelspec': {'name': 'python3', 'display_name': 'Python 3', 'language': 'python'}}, 'nbformat': 4, 'nbformat_minor': 5}))
-
-
-@pytest.fixture
-def lab(tmp_path):
-    "A JupyterLab of its own, without any of the user's settings; yields its address."
-    pytest.importorskip('jupyterlab')
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    scratch = {k: str(tmp_path/k.lower()) for k in ('JUPYTER_CONFIG_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_RUNTIME_DIR', 'IPYTHONDIR')}
-    command = [sys.executable, '-m', 'jupyterlab', '--allow-root', '--no-browser', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', "--IdentityProvider.token=", '--ServerApp.password=',
-               '--LabApp.news_url=None', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', f'--ServerApp.root_dir={tmp_path}']
-    server = subprocess.Popen(command, env=os.environ | scratch, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address = f'http://127.0.0.1:{port}'
-    try:
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f'{address}/api', timeout=1)
-                break
-            except OSError:
-                assert server.poll() is None, 'JupyterLab ended at once'
-                time.sleep(.25)
-        else: pytest.fail('JupyterLab did not come up in 30 s')
-        yield address
-    finally:
-        server.terminate()
-        server.wait(20)
-
-
-def colours(png: bytes) -> np.ndarray:
-    import io
-
-    from PIL import Image
-    return np.asarray(Image.open(io.BytesIO(png)).convert('RGB')).astype(int)
-
-
 @needs_browser
-def test_a_swipe_map_shows_both_rasters_in_jupyterlab_without_a_network(tmp_path, lab):
-    playwright = pytest.importorskip('playwright.sync_api')
+def test_a_swipe_map_shows_both_rasters_in_jupyterlab_without_a_network(tmp_path, lab):  # noqa: F811
     files = rasters(tmp_path)
-    notebook(tmp_path/'map.ipynb', f'from rs_mtl.apply.maps import show_map\nshow_map({files!r}, compare=("image", "classes"))')
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        page = browser.new_page(viewport={'width': 1300, 'height': 900})
-        page.goto(f'{lab}/lab/tree/map.ipynb')
-        page.wait_for_selector('.jp-Notebook', timeout=40_000)
-        page.wait_for_timeout(1500)
-        page.keyboard.press('Escape')
-        page.click('.lm-MenuBar-itemLabel:text("Run")')
-        page.click('.lm-Menu-item:has-text("Run All Cells")')
-        page.wait_for_selector('.leaflet-image-layer', timeout=60_000)
-        page.wait_for_timeout(3000)
-        shot = page.locator('.leaflet-container').first.screenshot(path=os.environ.get('RS_MTL_SHOT'))
-        assert page.locator('.leaflet-image-layer').count() == 2
+    notebook(tmp_path/'map.ipynb', f'from rs_mtl.apply.maps import show_map\nview = show_map({files!r}, compare=("image", "classes"))\nview')
+    with opened(lab, 'map.ipynb') as page:
+        box = page.locator('.leaflet-container').first
+        seen = colours(box.screenshot(), 'map-swipe')
+        assert page.locator('.leaflet-image-layer').count() == 3
         assert page.locator('text=water').count() >= 1  # the legend has the class name
-        assert page.locator('.leaflet-container .widget-slider').count() == 2
-        browser.close()
-    seen = colours(shot)
+        assert page.locator('.leaflet-container .widget-slider').count() == 3
+        page.locator('.leaflet-container select').nth(1).select_option('height')  # another pair
+        page.wait_for_timeout(2500)
+        other = colours(box.screenshot(), 'map-other')
     half = seen.shape[1]//2
-    red = (seen[..., 0] > 180) & (seen[..., 1] < 90) & (seen[..., 2] < 90)
-    blue = (seen[..., 2] > 180) & (seen[..., 0] < 90) & (seen[..., 1] < 90)
+    red, blue = like(seen, (255, 0, 0), 76), like(seen, (0, 0, 255), 76)
     assert red[:, :half].mean() > .15 and red[:, half + 20:].mean() < .02, 'the image belongs to the left of the divider'
     black = (seen < 40).all(-1)
     assert black.mean() < .02, 'what the warp left empty must be transparent'
     assert blue[:, half:].mean() > .15 and blue[:, :half - 20].mean() < .02, 'the classes belong to the right of the divider'
+    assert like(other, (0, 0, 255), 76)[:, half:].mean() < .02, 'the classes have left the map'
+    assert like(other, (253, 231, 37), 60)[:, half:].sum() > 500 and like(other, (255, 0, 0), 76)[:, :half - 20].mean() > .15, 'yellow heights are on the right, the image is still on the left'
+
+
+@needs_browser
+def test_a_saved_map_opens_offline_and_is_drawn(tmp_path):
+    playwright = pytest.importorskip('playwright.sync_api')
+    from rs_mtl.apply.maps import show_map
+    from lab import BROWSER, FLAGS
+    page_file = show_map(rasters(tmp_path), compare=('image', 'classes')).save(tmp_path/'map.html')
+    asked: list[str] = []
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        page = browser.new_page(viewport={'width': 900, 'height': 800})
+        page.on('request', lambda r: asked.append(r.url))
+        page.goto(page_file.as_uri())
+        page.wait_for_selector('#viewer[data-ready]', timeout=20_000)
+        page.wait_for_timeout(500)
+        seen = colours(page.locator('canvas').screenshot(), 'map-page')
+        page.locator('select.right').select_option('height')
+        page.wait_for_timeout(300)
+        other = colours(page.locator('canvas').screenshot())
+        browser.close()
+    assert not [u for u in asked if not u.startswith(('file:', 'data:', 'blob:'))]
+    half = seen.shape[1]//2
+    assert like(seen, (255, 0, 0), 60)[:, :half - 20].mean() > .2 and like(seen, (0, 0, 255), 60)[:, half + 20:].mean() > .2
+    assert like(other, (0, 0, 255), 60)[:, half + 20:].mean() < .02 and like(other, (253, 231, 37), 60)[:, half + 20:].sum() > 500
 
 
 def test_layers_lie_where_the_raster_says(tmp_path):

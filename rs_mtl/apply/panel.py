@@ -89,10 +89,12 @@ class Panel:
         self._ui, self._make, self._first, self._quiet = self.stage._ui, self.stage._make, list(self.stage.drawn), False
         self._looks: dict[str, tuple[float, bool]] = {}
         self.controls = c = _Controls(self._ui, list(x.nets), 'image' in x.scene.layers, x.sky, x.seed, x.limit)
-        self.window, self.track = self._make.Polygon(locations=[], color='#111', weight=2, dash_array='6 4', fill=False), self._make.Polyline(locations=[], color='#d55e00', weight=3, fill=False)
+        self.window = [self._make.Polygon(locations=[], color=colour, weight=2, dash_array=dash, fill=False) for colour, dash in (('#fff', ''), ('#111', '5 5'))]  # seen on light and on dark ground
+        self.track = self._make.Polyline(locations=[], color='#d55e00', weight=3, fill=False)
         style = {'shapeOptions': {'color': '#0072b2', 'weight': 2, 'fillOpacity': .1}}
         self.pen = self._make.DrawControl(rectangle=style, polyline={'shapeOptions': {'color': '#d55e00', 'weight': 3}}, polygon={}, circle={}, circlemarker={}, marker={}, edit=False, remove=False)
-        for part in (self.pen, self.window, self.track): self.stage.map.add(part)
+        for part in (self.pen, *self.window, self.track): self.stage.map.add(part)
+        for control in [k for k in self.stage.map.controls if isinstance(k, self._make.LayersControl)]: self.stage.map.remove(control)  # the list beside the map does more
         self.pen.on_draw(self._on_draw)
         self.stage.map.on_interaction(self._on_map)
         c.go.on_click(lambda button: self._try(self.predict))
@@ -119,7 +121,7 @@ class Panel:
     def _picked(self, w: Window) -> Window:
         "Show a new window; what was said about another one goes."
         corners = [(w.row, w.col), (w.row, w.col + w.width), (w.row + w.height, w.col + w.width), (w.row + w.height, w.col)]
-        self.window.locations = to_degrees(self.explorer.scene, corners).tolist()
+        for outline in self.window: outline.locations = to_degrees(self.explorer.scene, corners).tolist()
         self._looks |= {n: (o.opacity, o.visible) for n, o in self.stage.over.items()}
         self.stage.drop([n for n in self.stage.drawn if n not in self._first])
         self.controls.numbers.value = self.controls.chart.value = ''
