@@ -39,9 +39,9 @@ class Clouded(Dataset):
                  end_member: Sequence[float] | None = None,     # value of thick cloud in each band, for images that are no reflectance
                  wavelengths: Sequence[float] | None = None):   # micrometres of each band, where their names say nothing
         self.data, self.seed, self.fixed, self.gsd = data, int(seed), bool(fixed), float(gsd)
-        self.cover = (float(cover), float(cover)) if isinstance(cover, (int, float)) else tuple(float(c) for c in cover)
+        self.cover: tuple[float, ...] = (float(cover), float(cover)) if isinstance(cover, (int, float)) else tuple(float(c) for c in cover)
         self.sky = (sky,) if isinstance(sky, str) else tuple(sky)
-        self.optics = {'end_member': end_member, 'wavelengths': wavelengths, 'bands': cloud_bands(getattr(data, 'bands', ()))}
+        self.optics: dict[str, Any] = {'end_member': end_member, 'wavelengths': wavelengths, 'bands': cloud_bands(getattr(data, 'bands', ()))}
         if len(self.cover) != 2 or not 0 <= self.cover[0] <= self.cover[1] <= 1: raise ConfigError(f'cover={cover}', 'a share from 0 to 1, or two of them, the smaller first')
         if wrong := [s for s in self.sky if s not in SKIES] or ([] if self.sky else ['']): raise ConfigError(f'there is no sky {wrong[0]!r}', f'one or more of {", ".join(SKIES)}')
         if seed < 0: raise ConfigError(f'seed={seed}', '0 or more')
@@ -71,7 +71,8 @@ class Clouded(Dataset):
     def place(self, i: int # number of the item
              ) -> tuple[list[int], tuple[int, int]]: # what the sky depends on, and where the item lies on it
         "The sky over an item."
-        day, found = 0 if self.fixed else self.epoch, self.data.where(i) if hasattr(self.data, 'where') else ()
+        day = 0 if self.fixed else self.epoch
+        found: tuple[Any, ...] = self.data.where(i) if hasattr(self.data, 'where') else ()
         if len(found) != 3: return [self.seed, day, i], (0, 0)
         scene, row, col = found
         return [self.seed, day, *(scene.encode() if isinstance(scene, str) else [int(scene)])], (int(row), int(col))
@@ -81,7 +82,7 @@ class Clouded(Dataset):
         sample = dict(self.data[i])
         key, origin = self.place(i)
         rng = np.random.default_rng(key)
-        cover, sky, seed = rng.uniform(*self.cover), self.sky[rng.integers(len(self.sky))], int(rng.integers(2**31))
+        cover, sky, seed = float(rng.uniform(self.cover[0], self.cover[1])), self.sky[rng.integers(len(self.sky))], int(rng.integers(2**31))
         return sample | self.clouded(sample, cover, sky, seed, origin)
 
     def clouded(self, sample: Mapping[str, Any], cover: float, sky: str, seed: int, origin: tuple[int, int]) -> dict[str, Any]:
