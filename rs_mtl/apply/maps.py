@@ -220,7 +220,7 @@ class Stage:
         self._make, self._ui = ipyleaflet, ipywidgets
         centre, zoom = view_of(around)
         self.map = leafmap.Map(center=list(centre), zoom=zoom, zoom_snap=.25, height=height, toolbar_control=False, draw_control=False, measure_control=False, attribution_control=False)
-        self.map.add(ipyleaflet.AttributionControl(position='bottomright', prefix=''))
+        self.add(ipyleaflet.AttributionControl(position='bottomright', prefix=''))
         self.map.panes = {f'rs{i}': {'zIndex': 210 + i} for i in range(self.slots)}  # a swipe needs one pane per layer; what is drawn by hand lies above, at 400
         self.drawn: dict[str, Drawn] = {}
         self.over: dict[str, Any] = {}
@@ -233,7 +233,11 @@ class Stage:
         self.legend, self.list = ipywidgets.HTML(), ipywidgets.VBox()
         self.sides = [_side(ipywidgets, which, self._chosen) for which in ('left', 'right')]
         self.swiper = ipywidgets.HBox([self.sides[0], ipywidgets.HTML('⇔'), self.sides[1]])
-        self.map.add(ipyleaflet.WidgetControl(widget=self.legend, position='bottomright'))
+        self.add(ipyleaflet.WidgetControl(widget=self.legend, position='bottomright'))
+
+    def add(self, part: Any) -> None:
+        "A control or a shape; past leafmap's own `add`, which builds a layer manager anew each time and puts it on the map."
+        self._make.Map.add(self.map, part)
 
     def put(self, drawn: Iterable[Drawn], opacity: float = 1., visible: bool = True) -> None:
         "Add layers above those that are there; one of a known name takes its place, as visible as it was."
@@ -258,7 +262,7 @@ class Stage:
         pair = (left, right) if left and right and left != right else None
         for name in pair or ():
             if name not in self.drawn: raise ConfigError(f'there is no layer {name!r} to swipe', f'one of {", ".join(self.drawn)}', _closest(str(name), self.drawn))
-        if self._split: self.map.remove(self._split)
+        if self._split: self._make.Map.remove(self.map, self._split)
         for name in self._hidden & set(self.over): self.over[name].visible = True
         self._split, self.pair, self._hidden, self._wanted = None, pair, set(), (left, right)
         self._show()
@@ -267,7 +271,7 @@ class Stage:
         self._hidden = {n for n, o in self.over.items() if o.visible and int(o.pane[2:]) > low and n not in pair}  # what would cover one of the two
         for name in self.over: self.over[name].visible = name in pair or self.over[name].visible and name not in self._hidden
         self._split = self._make.SplitMapControl(left_layer=self.over[pair[0]], right_layer=self.over[pair[1]])
-        self.map.add(self._split)
+        self.add(self._split)
 
     def _free(self) -> str:
         "A pane above those in use, or one that became free."
@@ -385,7 +389,7 @@ def show_map(layers: Mapping[str, str | Path],        # name -> raster, from the
     if compare: stage.swipe(*compare)
     parts = [stage.list, *([stage.swiper] if len(layers) > 1 else [])]
     box = stage._ui.Accordion([stage._ui.VBox(parts, layout={'overflow': 'hidden'})], titles=('Layers',), selected_index=0, layout={'width': '290px'})
-    stage.map.add(stage._make.WidgetControl(widget=box, position='bottomleft'))
+    stage.add(stage._make.WidgetControl(widget=box, position='bottomleft'))
     return MapView(stage)
 
 def alike(layers: Sequence[Drawn]) -> None:

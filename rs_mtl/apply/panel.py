@@ -93,8 +93,7 @@ class Panel:
         self.track = self._make.Polyline(locations=[], color='#d55e00', weight=3, fill=False)
         style = {'shapeOptions': {'color': '#0072b2', 'weight': 2, 'fillOpacity': .1}}
         self.pen = self._make.DrawControl(rectangle=style, polyline={'shapeOptions': {'color': '#d55e00', 'weight': 3}}, polygon={}, circle={}, circlemarker={}, marker={}, edit=False, remove=False)
-        for part in (self.pen, *self.window, self.track): self.stage.map.add(part)
-        for control in [k for k in self.stage.map.controls if isinstance(k, self._make.LayersControl)]: self.stage.map.remove(control)  # the list beside the map does more
+        for part in (self.pen, *self.window, self.track): self.stage.add(part)
         self.pen.on_draw(self._on_draw)
         self.stage.map.on_interaction(self._on_map)
         c.go.on_click(lambda button: self._try(self.predict))
