@@ -14,7 +14,6 @@ SMALL = {  # a new benchmark joins with a line
     'land': dict(size=64, scenes=16, test_scenes=6, steps=4),
     'training_loop': dict(quick=True),
     'sinkhorn': dict(sizes='20000,32000', wide=10000, threads='1', repeats=2, most=64),
-    'cloud_impact': dict(size=64, scenes=8, test_scenes=2, steps=2, encoder='resnet10t', unet_encoder='resnet10t'),
     'reassignment': dict(size=48, few=4, many=8, test_scenes=8, steps=4, long=4, speed_size=64),
     'reading': dict(pixels=600, sizes='128', dtypes='uint8', workers='0', seconds=.05, rounds=1, warm=8, steps=2, step_size=64),
 }
