@@ -34,7 +34,7 @@ def lab(tmp_path):
         port = s.getsockname()[1]
     scratch = {k: str(tmp_path/k.lower()) for k in ('JUPYTER_CONFIG_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_RUNTIME_DIR', 'IPYTHONDIR')}
     command = [sys.executable, '-m', 'jupyterlab', '--allow-root', '--no-browser', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', "--IdentityProvider.token=", '--ServerApp.password=',
-               '--LabApp.news_url=None', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', f'--ServerApp.root_dir={tmp_path}']
+               '--LabApp.news_url=None', '--LabApp.expose_app_in_browser=True', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', f'--ServerApp.root_dir={tmp_path}']
     server = subprocess.Popen(command, env=os.environ | scratch, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f'http://127.0.0.1:{port}'
     try:
@@ -52,6 +52,13 @@ def lab(tmp_path):
         server.wait(20)
 
 
+RUN_ALL = '''async () => {
+  const panel = jupyterapp.shell.currentWidget;
+  await panel.context.ready; await panel.sessionContext.ready;   // before that, JupyterLab would ask which kernel is meant, or do nothing
+  jupyterapp.commands.execute('notebook:run-all-cells');
+}'''
+
+
 @contextmanager
 def opened(address: str, name: str, wait: str = '.leaflet-image-layer', size: tuple[int, int] = (1300, 900)) -> Iterator:
     "A page on which the notebook has run to the end, as far as the element `wait`."
@@ -59,13 +66,13 @@ def opened(address: str, name: str, wait: str = '.leaflet-image-layer', size: tu
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=BROWSER, args=FLAGS)
         page = browser.new_page(viewport={'width': size[0], 'height': size[1]})
-        page.goto(f'{address}/lab/tree/{name}')
-        page.wait_for_selector('.jp-NotebookPanel-toolbar .jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=90_000, state='attached')  # the kernel is there
-        page.keyboard.press('Escape')
-        page.keyboard.press('Control+b')  # the file browser takes room from the map
-        page.click('.lm-MenuBar-itemLabel:text("Run")')
-        page.click('.lm-Menu-item:has-text("Run All Cells")')
-        page.wait_for_selector(wait, timeout=120_000, state='attached')
+        page.set_default_timeout(90_000)  # a busy machine is slow, not broken
+        page.goto(f'{address}/lab/tree/{name}', timeout=120_000)
+        page.wait_for_selector('.jp-Notebook')
+        page.evaluate("jupyterapp.shell.collapseLeft()")  # the file browser takes room from the map
+        page.evaluate(RUN_ALL)
+        try: page.wait_for_selector(wait, timeout=240_000, state='attached')
+        except playwright.TimeoutError: pytest.fail(f'no {wait} on the page, which says: {page.inner_text(".jp-Notebook")[-1500:]}')
         page.wait_for_timeout(2500)
         yield page
         browser.close()

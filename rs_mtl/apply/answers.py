@@ -131,7 +131,7 @@ def area_table(answers: Sequence[Answer],
     for a in (a for a in answers if 'mask' in a.maps):
         counts = np.bincount(a.mask.ravel(), minlength=256)[:IGNORE]
         true = np.bincount(truth[a.valid].ravel(), minlength=256)[:IGNORE] if truth is not None else np.zeros(IGNORE, int)
-        for i in np.flatnonzero(counts + true):
+        for i in np.flatnonzero(counts + true).tolist():
             row = {'net': a.net, 'class': a.name_of(i), 'colour': a.colour_of(i), 'pixels': int(counts[i]), 'm2': float(counts[i]*pixel), 'ha': float(counts[i]*pixel/1e4), 'share': float(counts[i]/counts.sum())}
             if true.sum(): row['true share'] = float(true[i]/true.sum())
             rows.append(row)

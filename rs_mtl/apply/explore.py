@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .answers import Answer, Profile, Window, answer_layers, area_table, height_profile, pixel_area, predict_window, score, to_degrees, to_pixels
+from .answers import Answer, Profile, Window, answer_layers, area_table, height_profile, pixel_area, predict_window, score, to_pixels
 from .maps import Drawn, alike, draw_array, draw_layer
 from .predict import _inputs, _look
 from ..core import CheckpointError, ConfigError, DataError, _closest, valid_key

@@ -7,7 +7,7 @@ __all__ = ['RAMPS', 'UNITS', 'Drawn', 'draw_layer', 'draw_array', 'data_url', 'g
            'sheet', 'MapView', 'show_map', 'alike']
 
 # %% ../../nbs/apply/72_maps.ipynb #32f98569
-import base64, io, math
+import base64, importlib, io, math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +87,7 @@ def draw_layer(name: str,               # how it is called on the map
             how = Resampling.nearest if kind == 'classes' else Resampling.bilinear
             with WarpedVRT(src, crs=crs, resampling=how, add_alpha=src.nodata is None, **place) as vrt:
                 raw = vrt.read(list(range(1, full.count + 1)))
-                valid = vrt.read(vrt.count) > 0 if src.nodata is None else (vrt.read_masks() > 0).all(0)  # alpha says where the raster ends
+                valid: np.ndarray = vrt.read(vrt.count) > 0 if src.nodata is None else (vrt.read_masks() > 0).all(0)  # alpha says where the raster ends
                 box = vrt.bounds
         scale, offset = (np.asarray(v, 'float32')[:, None, None] for v in (full.scales, full.offsets))
         values = raw if kind == 'classes' else raw*scale + offset
@@ -158,7 +158,7 @@ def draw_array(name: str,                        # how it is called on the map
     out = np.full((len(stack), to['height'], to['width']), none, stack.dtype)
     reproject(stack, out, src_transform=place.transform, src_crs=place.crs, dst_transform=to['transform'], dst_crs=crs, src_nodata=none, dst_nodata=none,
               resampling=Resampling.nearest if kind == 'classes' else Resampling.bilinear)
-    seen = out[0] != IGNORE if kind == 'classes' else np.isfinite(out).all(0)
+    seen = np.asarray(out[0] != IGNORE if kind == 'classes' else np.isfinite(out).all(0))
     return _drawn(name, kind, out, seen, array_bounds(*out.shape[1:], to['transform']), crs, bands, classes, palette)
 
 # %% ../../nbs/apply/72_maps.ipynb #c3fda372
@@ -239,16 +239,18 @@ class Stage:
         "A control or a shape; past leafmap's own `add`, which builds a layer manager anew each time and puts it on the map."
         self._make.Map.add(self.map, part)
 
-    def put(self, drawn: Iterable[Drawn], opacity: float = 1., visible: bool = True) -> None:
-        "Add layers above those that are there; one of a known name takes its place, as visible as it was."
+    def put(self, drawn: Iterable[Drawn], opacity: float = 1., visible: bool = True, looks: Mapping[str, tuple[float, bool]] | None = None, pair: tuple[str, str] | None = None) -> None:
+        "Add layers above those that are there; one of a known name takes its place, as visible as it was. `looks` has an opacity and a switch by name; `pair` is swiped."
         for d in drawn:
             url = data_url(d.picture(), d.kind == 'classes')
             if d.name in self.over: self.over[d.name].url, self.over[d.name].bounds = url, d.bounds
             else:
-                self.over[d.name] = self._make.ImageOverlay(url=url, bounds=d.bounds, name=d.name, pane=self._free(), opacity=opacity, visible=visible)
+                shine, on = (looks or {}).get(d.name, (opacity, visible))
+                self.over[d.name] = self._make.ImageOverlay(url=url, bounds=d.bounds, name=d.name, pane=self._free(), opacity=shine, visible=on)
                 self.rows[d.name] = _row(self._ui, d.name, self.over[d.name])
             self.drawn[d.name] = d
-        self._show()
+        if pair and pair != self.pair: self.swipe(*pair)
+        else: self._show()
 
     def drop(self, names: Iterable[str]) -> None:
         "Take layers away."
@@ -308,9 +310,8 @@ def _row(ui: Any, name: str, layer: Any) -> Any:
 def _leafmap() -> Any:
     "leafmap, or what to install."
     try:
-        import ipyleaflet, ipywidgets  # noqa: F401
-        import leafmap.leafmap
-        return leafmap.leafmap
+        for name in ('ipyleaflet', 'ipywidgets'): importlib.import_module(name)
+        return importlib.import_module('leafmap.leafmap')
     except ImportError as e: raise ConfigError(f'maps need leafmap: {e}', 'the extra that brings it', "pip install 'rs_mtl[maps]'") from e
 
 def _side(ui: Any, which: str, chosen: Any) -> Any:

@@ -169,13 +169,11 @@ class Panel:
         x, c, layers = self.explorer, self.controls, self.explorer.layers()
         first = next((d.name for d in layers if d.kind == 'classes' and not d.name.startswith('true')), layers[-1].name)
         gone = [n for n in self.stage.drawn if n not in self._first and n not in {d.name for d in layers}]
-        self.stage.drop(gone)
-        for d in layers:
-            opacity, visible = self._looks.get(d.name, (1., d.name in (first, 'image seen')))
-            self.stage.put([d], opacity, visible)
+        if gone: self.stage.drop(gone)
         both = [f'classes · {n}' for n in x.answers]
-        if len(both) == 2 and set(both) <= set(self.stage.drawn): self.stage.swipe(*both)
-        elif self.stage.pair and any('·' in n for n in self.stage.pair): self.stage.swipe()
+        two = (both[0], both[1]) if len(both) == 2 and set(both) <= {d.name for d in layers} else None
+        self.stage.put(layers, looks={d.name: (1., d.name in (first, 'image seen')) for d in layers} | self._looks, pair=two)
+        if not two and self.stage.pair and any('·' in n for n in self.stage.pair): self.stage.swipe()
         c.numbers.value = areas_html(x.areas()) + scores_html(x.scores())
         if x.line: self._try(self.profile, x.line)
         c.said.value = note_html(', '.join(f'{n} answered in {a.seconds:.1f} s' for n, a in x.answers.items()) + (f'; under clouds of {x.cover:.0%}' if x.cover else '') + '.')
