@@ -20,6 +20,7 @@ _PUBLIC = {
     'Objective': 'training.losses', 'Scores': 'training.metrics', 'fit': 'training.fit', 'fit_stats': 'training.fit', 'evaluate': 'training.fit',
     'semi_objective': 'training.semi', 'save': 'training.checkpoint', 'load': 'training.checkpoint', 'start_from': 'training.checkpoint',
     'predict_scene': 'apply.predict', 'predict_sample': 'apply.predict', 'show_sample': 'apply.figures', 'show_map': 'apply.maps',
+    'explore': 'apply.explore',
     'write_report': 'apply.report', 'save_onnx': 'apply.onnx',
 }
 
