@@ -302,8 +302,8 @@ class Stage:
 # %% ../../nbs/apply/72_maps.ipynb #3992c0a4
 def _row(ui: Any, name: str, layer: Any) -> Any:
     "A layer's switch and slider, tied to it in the browser."
-    switch = ui.Checkbox(layer.visible, description=name, indent=False, tooltip=f'Show or hide {name}', layout={'width': '150px', 'margin': '0'})
-    slider = ui.FloatSlider(layer.opacity, min=0, max=1, step=.02, readout=False, tooltip=f'How opaque {name} is', layout={'width': '90px', 'margin': '0'})
+    switch = ui.Checkbox(layer.visible, description=name, indent=False, tooltip=f'Show or hide {name}', layout={'width': '190px', 'margin': '0'})
+    slider = ui.FloatSlider(layer.opacity, min=0, max=1, step=.02, readout=False, tooltip=f'How opaque {name} is', layout={'width': '80px', 'margin': '0'})
     for widget, trait in ((switch, 'visible'), (slider, 'opacity')): ui.jslink((widget, 'value'), (layer, trait))
     return ui.HBox([switch, slider], layout={'height': '24px', 'overflow': 'hidden'})
 
@@ -338,9 +338,13 @@ def sheet(layers: Sequence[Drawn], # of one place
         if d.kind in RAMPS: _bar(fig, ax, ScalarMappable(Normalize(*d.range), colormaps[RAMPS[d.kind]]), {'height': 'm', 'grey': 'dB'}.get(d.kind, ''))
     classed = [d for d in layers if d.kind == 'classes']
     if classed:
+        fig.set_figheight(fig.get_figheight() + .4)
         named = max(classed, key=lambda d: len(d.classes))
         _legend(fig, [d.values[0][d.valid] for d in classed], named.classes, named.palette)
-    return _png(fig)
+    from PIL import Image
+    small = io.BytesIO()
+    Image.open(io.BytesIO(_png(fig))).convert('RGB').quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(small, 'PNG', optimize=True)  # a third of the bytes, for notebooks
+    return small.getvalue()
 
 class MapView:
     "A map with its layers; shows the widget where there is one, and a picture everywhere else."
@@ -389,7 +393,7 @@ def show_map(layers: Mapping[str, str | Path],        # name -> raster, from the
     for name in (n for n in layers if compare and n not in compare): stage.over[name].visible = False
     if compare: stage.swipe(*compare)
     parts = [stage.list, *([stage.swiper] if len(layers) > 1 else [])]
-    box = stage._ui.Accordion([stage._ui.VBox(parts, layout={'overflow': 'hidden'})], titles=('Layers',), selected_index=0, layout={'width': '290px'})
+    box = stage._ui.Accordion([stage._ui.VBox(parts, layout={'overflow': 'hidden'})], titles=('Layers',), selected_index=0, layout={'width': '310px'})
     stage.add(stage._make.WidgetControl(widget=box, position='bottomleft'))
     return MapView(stage)
 

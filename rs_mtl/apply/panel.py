@@ -90,10 +90,10 @@ class Panel:
         self._looks: dict[str, tuple[float, bool]] = {}
         self.controls = c = _Controls(self._ui, list(x.nets), 'image' in x.scene.layers, x.sky, x.seed, x.limit)
         self.window = [self._make.Polygon(locations=[], color=colour, weight=2, dash_array=dash, fill=False) for colour, dash in (('#fff', ''), ('#111', '5 5'))]  # seen on light and on dark ground
-        self.track = self._make.Polyline(locations=[], color='#d55e00', weight=3, fill=False)
+        self.track = [self._make.Polyline(locations=[], color=colour, weight=weight, fill=False) for colour, weight in (('#fff', 6), ('#111', 3))]
         style = {'shapeOptions': {'color': '#0072b2', 'weight': 2, 'fillOpacity': .1}}
-        self.pen = self._make.DrawControl(rectangle=style, polyline={'shapeOptions': {'color': '#d55e00', 'weight': 3}}, polygon={}, circle={}, circlemarker={}, marker={}, edit=False, remove=False)
-        for part in (self.pen, *self.window, self.track): self.stage.add(part)
+        self.pen = self._make.DrawControl(rectangle=style, polyline={'shapeOptions': {'color': '#111', 'weight': 3}}, polygon={}, circle={}, circlemarker={}, marker={}, edit=False, remove=False)
+        for part in (self.pen, *self.window, *self.track): self.stage.add(part)
         self.pen.on_draw(self._on_draw)
         self.stage.map.on_interaction(self._on_map)
         c.go.on_click(lambda button: self._try(self.predict))
@@ -105,7 +105,8 @@ class Panel:
         "Controls above, map and layers in the middle, numbers below."
         ui, c = self._ui, self.controls
         self.stage.map.layout.width = '100%'
-        side = ui.VBox([ui.HTML('<b>Layers</b>'), self.stage.list, ui.HTML('<b>Swipe</b>'), self.stage.swiper], layout={'width': '280px', 'min_width': '280px', 'padding': '0 0 0 10px', 'overflow': 'hidden auto', 'max_height': self.stage.map.layout.height})
+        for which, box in zip(('left', 'right'), self.stage.sides): box.description, box.style.description_width, box.layout.width = which, '34px', '285px'
+        side = ui.VBox([ui.HTML('<b>Layers</b>'), self.stage.list, ui.HTML('<b>Swipe</b>'), *self.stage.sides], layout={'width': '310px', 'min_width': '310px', 'padding': '0 0 0 10px', 'overflow': 'hidden auto', 'max_height': self.stage.map.layout.height})
         middle = ui.HBox([ui.Box([self.stage.map], layout={'flex': '1 1 auto', 'min_width': '0'}), side])
         return ui.VBox([*c.rows(ui), c.said, middle, ui.HBox([c.numbers, c.chart], layout={'flex_flow': 'row wrap'})])
 
@@ -145,7 +146,7 @@ class Panel:
 
     def profile(self, line: Sequence[Sequence[float]]) -> Profile: # points in latitude and longitude
         "Heights along a line, drawn below the map."
-        self.track.locations = [list(map(float, p)) for p in line]
+        for stroke in self.track: stroke.locations = [list(map(float, p)) for p in line]
         self.explorer.line = [(float(a), float(b)) for a, b in line]
         found = self.explorer.profile()
         self.controls.chart.value = f'<img alt="heights along the line" style="background:#fff;border-radius:4px" src="data:image/png;base64,{base64.b64encode(draw_profile(found)._repr_png_()).decode()}">'
@@ -158,8 +159,8 @@ class Panel:
 
     def png(self) -> bytes:
         "The answers side by side, or the scene where nothing was asked yet."
-        drawn = [d for n, d in self.stage.drawn.items() if n not in self._first]
-        return sheet(drawn[:9] or list(self.stage.drawn.values()))
+        drawn = [d for n, d in self.stage.drawn.items() if n not in self._first and not n.startswith('true ')]
+        return sheet(drawn[:9] or list(self.stage.drawn.values()), 2.7)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         return dict(self.box._repr_mimebundle_() or {}) | {'image/png': base64.b64encode(self.png()).decode(), 'text/plain': f'explorer of {self.explorer.scene!r} with {", ".join(self.explorer.nets)}'}
