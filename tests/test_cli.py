@@ -57,6 +57,15 @@ def test_a_second_run_over_the_first_is_refused_in_words_and_the_first_stays(tra
     failed.unlink()
     assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
 
+def test_a_run_starts_from_another_and_says_what_it_could_not_take_over(trained, tmp_path):
+    folder, _ = trained
+    how = ('train', 'plain', '--quick', '--encoder', 'mobilenetv3_small_050', '--precision', 'bf16', '--tasks', 'mask')
+    said = cli(*how, '--start', folder, '--data', 'land', '--out', tmp_path/'next')
+    assert said.returncode == 0, said.stderr
+    assert 'to_mask' in ''.join(o.get('text', '') for c in nbformat.read(tmp_path/'next'/'train.ipynb', 4).cells for o in c.get('outputs', []))  # other classes, a new head
+    said = cli(*how, '--start', tmp_path/'nowhere', '--out', tmp_path/'other')
+    assert said.returncode == 1 and 'nowhere' in said.stderr and 'Traceback' not in said.stderr
+
 def test_evaluate_and_predict_read_the_run_folder(trained):
     folder, _ = trained
     said = cli('evaluate', folder, '--quick', '--seed', 3)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ..core import ConfigError, _closest, create_model, progress, write_json
+from ..training.checkpoint import start_from
 from ..training.fit import evaluate, fit
 from ..training.losses import Objective
 from ..training.metrics import plain
@@ -113,11 +114,12 @@ def train_row(variant: str,                       # its name
               common: Mapping[str, Any],          # arguments of every net: bands, classes, encoder, …
               labels: str = '',                   # share of the places that keep their labels
               world: Mapping[str, Any] | None = None, # what else the data were opened with; a row knows it
+              begin: int = 0,                     # steps on the labelled places alone, from where all methods of a seed go on
               **how: Any                          # arguments of `fit`: steps, batch_size, lr, …
              ) -> dict[str, Any]:                 # the row
     "Train and score one variant with one seed, or read it back if that was done."
     place = Path(folder)/'-'.join(filter(None, (_slug(variant), _slug(labels), str(seed))))
-    settings = plain({'nets': [dict(n) for n in nets], 'common': dict(common), 'how': how, 'items': {k: len(v) for k, v in data.items() if not callable(v)}, 'data': dict(world or {})})
+    settings = plain({'nets': [dict(n) for n in nets], 'common': dict(common), 'how': how, 'items': {k: len(v) for k, v in data.items() if not callable(v)}, 'data': dict(world or {})} | ({'begin': begin} if begin else {}))
     if (done := place/'row.json').is_file():
         kept = json.loads(done.read_text(encoding='utf-8'))
         if kept['settings'] != settings: raise ConfigError(f"'{place}' was trained with other settings", 'the settings of the whole table', 'choose another folder, or remove that one')
@@ -127,6 +129,7 @@ def train_row(variant: str,                       # its name
     for i, difference in enumerate(nets):
         net, objective, lesson = _pupil(dict(common) | dict(difference), seed)
         train = data['train'](lesson, labels, seed) if callable(data['train']) else data['train']
+        if begin: start_from(net, _begun(begin, difference, seed, data, folder, common, labels, how))
         run = fit(net, train, data['val'], objective=objective, seed=seed, out=place/f'net-{i}', resume=True, **how)
         if run.stopped: raise KeyboardInterrupt
         result = evaluate(net, data['test'], batch_size=how.get('batch_size', 8))
@@ -139,6 +142,14 @@ def train_row(variant: str,                       # its name
     if covers := [scores[k] for k in ('mask_by_cover', 'clear_by_cover') if k in scores]: row['by_cover'] = {c: {k: v for some in covers for k, v in some[c].items()} for c in covers[0]}
     write_json(done, plain({'row': row, 'scores': scores, 'protocol': result['protocol'], 'settings': settings}))
     return plain(row)
+
+def _begun(steps: int, difference: Mapping[str, Any], seed: int, data: Mapping[str, Any], folder: str | Path, common: Mapping[str, Any], labels: str, how: Mapping[str, Any]) -> Path:
+    "The folder of a net that learned from labels alone; the first method of a seed trains it."
+    shape = {k: v for k, v in difference.items() if k not in ('model', 'lesson')}
+    place = Path(folder)/'-'.join(filter(None, ('begin', *(_slug(f'{k} {v}') for k, v in shape.items()), _slug(labels), str(seed))))
+    net, objective, lesson = _pupil(dict(common) | dict(difference) | {'lesson': {'method': 'supervised'}}, seed)
+    if fit(net, data['train'](lesson, labels, seed), data['val'], objective=objective, seed=seed, out=place, resume=True, **{**how, 'steps': steps}).stopped: raise KeyboardInterrupt
+    return place
 
 SHORT = {'miou': 'miou', 'mf1': 'mf1', 'oa': 'oa', 'miou_cloudy': 'miou_cloudy', 'rmse': 'height_rmse', 'mae': 'height_mae', 'rmse_tall': 'height_rmse_tall', 'delta1': 'height_delta1',
          'psnr': 'clear_psnr', 'psnr_cloudy': 'clear_psnr_cloudy', 'ssim': 'clear_ssim', 'sam': 'clear_sam', 'impact_mae': 'cloud_impact_mae', 'impact_auroc': 'cloud_impact_auroc', 'impact_on_clear': 'cloud_impact_on_clear'}
@@ -159,7 +170,7 @@ def run_table(table: Mapping[str, Sequence[Mapping[str, Any]]],  # variant -> ne
               common: Mapping[str, Any],                         # arguments of every net
               labels: Sequence[str] = ('',),                     # shares of labels: the first for every variant
               curve: Sequence[str] = (),                         # and the others for these
-              **how: Any                                         # `world`, and arguments of `fit`
+              **how: Any                                         # `world`, `begin`, and arguments of `fit`
              ) -> list[dict[str, Any]]:                          # rows
     "Train what is missing of a table; stop it whenever you like, and call it again."
     todo = [(seed, share, name) for seed in seeds for share in labels for name in table if share == labels[0] or name in curve]

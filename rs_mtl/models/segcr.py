@@ -63,14 +63,19 @@ def _on_grid(x: Tensor, grid: Fraction) -> Tensor:
 # %% ../../nbs/models/54_segcr.ipynb #c7ca508a
 class Restore(nn.Module):
     "A guess of every band, and a gate that lets it replace the image."
-    def __init__(self, width: int, bands: int, norm: str = 'batch'):
+    def __init__(self, width: int, bands: int, norm: str = 'batch', steered: bool = False): # whether the impact map opens the gate
         super().__init__()
         self.head = Head(width, bands + 1, norm=norm)
-        with torch.no_grad(): self.head.out.bias[-1] = -2.   # type: ignore[index]
+        self.steer = nn.Parameter(torch.ones(1)) if steered else None
+        with torch.no_grad(): self.head.out.bias[-1] = 3. if steered else -2.   # type: ignore[index]
 
-    def forward(self, x: Tensor, image: Tensor) -> Tensor: # features at full resolution, the cloudy image -> the clear one
+    def forward(self, x: Tensor, image: Tensor, impact: Tensor | None = None) -> Tensor: # features at full resolution, the cloudy image, the map -> the clear one
         out = self.head(x).float()
-        return image + torch.sigmoid(out[:, -1:])*(out[:, :-1] - image)
+        gate = out[:, -1:]
+        if self.steer is not None:
+            if impact is None: raise ConfigError('a steered restoration without a map', 'the cloud impact', 'pass it, or steered=False')
+            gate = gate + self.steer*torch.logit(impact.float(), 1e-4)
+        return image + torch.sigmoid(gate)*(out[:, :-1] - image)
 
 # %% ../../nbs/models/54_segcr.ipynb #e4eb6c63
 SEES = {'impact': ('image', 'sar'), 'concat': ('image', 'sar'), 'image': ('image',), 'sar': ('sar',)}
@@ -126,7 +131,7 @@ class SegCR(MultiTaskNet):
         drawn = [t for t in self.tasks if t != 'cloud_impact' or self.impact is None]   # the map is there already
         # 'to_', since a ModuleDict has methods of its own, and one of them is called 'clear'
         self.full = nn.ModuleDict({f'to_{t}': ToFull(width, detail, full, norm) for t in drawn})
-        self.head = nn.ModuleDict({f'to_{t}': Restore(full, bands, norm) if t == 'clear' and 'image' in sees else HEADS[t](full, classes, bands, norm) for t in drawn})
+        self.head = nn.ModuleDict({f'to_{t}': Restore(full, bands, norm, steered) if t == 'clear' and 'image' in sees else HEADS[t](full, classes, bands, norm) for t in drawn})
 
     def mix(self, levels: dict[str, list[Tensor]], x: Tensor, detail: Tensor | None) -> tuple[list[Tensor], Tensor | None, list[Tensor] | None]:
         "Fused features, the impact map and the simulated features."
@@ -143,17 +148,17 @@ class SegCR(MultiTaskNet):
         fused, impact, simulated = self.mix({k: self.view[k](s) for k, s in streams.items()}, x, detail)
         fine = self.decoder(fused)
         found = {'cloud_impact': impact} if impact is not None else {}
-        out = {t: found[t] if t in found else self.draw(t, fine, x, detail, streams) for t in self.tasks}
+        out = {t: found[t] if t in found else self.draw(t, fine, x, detail, streams, impact) for t in self.tasks}
         return out | self.extras(impact, simulated, x) if self.training else out
 
-    def draw(self, task: str, fine: Tensor, x: Tensor, detail: Tensor | None, streams: dict[str, Tensor]) -> Tensor:
+    def draw(self, task: str, fine: Tensor, x: Tensor, detail: Tensor | None, streams: dict[str, Tensor], impact: Tensor | None) -> Tensor:
         "One map from the fused features."
         if task == 'mask' and self.label_grid != 1:
             x = _on_grid(x, self.label_grid)   # tells the size, no more
             detail = None if detail is None else _on_grid(detail, self.label_grid)
         near, head = self.full[f'to_{task}'](fine, x, detail), self.head[f'to_{task}']
         if task != 'clear': return head(near)
-        return self.reflectance(head(near, streams['image']) if 'image' in streams else head(near))
+        return self.reflectance(head(near, streams['image'], impact) if 'image' in streams else head(near))
 
     def extras(self, impact: Tensor | None, simulated: list[Tensor] | None, x: Tensor) -> dict[str, Tensor]:
         "What only training asks for."

@@ -17,7 +17,7 @@ from ..core import IGNORE, ConfigError, valid_key
 from ..labels.reassignment import Reassigner
 from ..layers.complementary import complementary_loss
 from ..layers.masking import Masking
-from .semi import SemiObjective, Target, consensus, judged, look, need_heads, pseudo_loss, statistics_kept, taught
+from .semi import SlowCopy, Target, consensus, judged, look, need_heads, pseudo_loss, statistics_kept, taught
 
 # %% ../../nbs/training/66_dllr.ipynb #735018c1
 SOURCES: dict[str, dict[str, tuple[str, ...]]] = {  # form of consistency -> head -> who teaches it
@@ -35,9 +35,9 @@ def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 # %% ../../nbs/training/66_dllr.ipynb #a674b799
-class DLLR(SemiObjective):
+class DLLR(SlowCopy):
     "Masked sensors that learn from each other, with reassigned pseudo-labels."
-    told = (*SemiObjective.told, 'masking', 'complementary', 'reassignment', 'consistency', 'mask_labelled', 'threshold', 'transport')
+    told = (*SlowCopy.told, 'masking', 'complementary', 'reassignment', 'consistency', 'mask_labelled', 'threshold', 'transport')
 
     def __init__(self, tasks: Sequence[str] = ('mask',), *,
                  masking: Masking | bool | None = True,         # what is hidden; True: what the net says, or `Masking()`
@@ -46,9 +46,10 @@ class DLLR(SemiObjective):
                  consistency: str | bool | None = 'cross',      # 'cross', 'self' or None: no pseudo-labels
                  mask_labelled: bool = False,                   # hide squares of labelled samples too
                  threshold: float = 0.,                         # how sure a pixel must be to teach
+                 decay: float = 0.,                             # of a slow copy that is asked for labels; 0: the net itself
                  transport: Mapping[str, Any] | None = None,    # arguments of the `Reassigner`
                  **kwargs: Any):
-        super().__init__(tasks, **kwargs)
+        super().__init__(tasks, decay=decay, **kwargs)
         self.masking = masking or None
         self.hides: Masking | None = None              # what that comes to for the net
         self.complementary = float(complementary)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SENSORS', 'METHODS', 'look', 'judged', 'answering', 'statistics_kept', 'Target', 'consensus', 'taught', 'pseudo_loss',
            'paste', 'ramped', 'Labelled', 'Counted', 'SemiObjective', 'FixMatch', 'channels_dropped', 'UniMatch',
-           'need_heads', 'CPS', 'MeanTeacher', 'share_loss', 'semi_objective']
+           'need_heads', 'CPS', 'SlowCopy', 'MeanTeacher', 'share_loss', 'semi_objective']
 
 # %% ../../nbs/training/65_semi.ipynb #26db6c41
 import copy, warnings
@@ -338,12 +338,12 @@ class CPS(SemiObjective):
                 'mask_image': taught(consensus([answers['mask_sar']]), both), 'mask_sar': taught(consensus([answers['mask_image']]), both)}
 
 # %% ../../nbs/training/65_semi.ipynb #f4f5d106
-class MeanTeacher(SemiObjective):
-    "A slow copy of the net teaches probabilities."
+class SlowCopy(SemiObjective):
+    "A slow copy of the net is asked for targets."
     teaches, told = True, (*SemiObjective.told, 'decay')
 
     def __init__(self, tasks: Sequence[str] = ('mask',), *,
-                 decay: float = .99,    # of the copy
+                 decay: float = .99,    # of the copy; 0: the net itself is asked
                  **kwargs: Any):
         super().__init__(tasks, **kwargs)
         if not 0 <= decay < 1: raise ConfigError(f'decay={decay}', 'a share from 0 to below 1')
@@ -352,30 +352,34 @@ class MeanTeacher(SemiObjective):
 
     def begin(self, net: nn.Module, seed: int = 0, rank: int = 0) -> None:
         super().begin(net, seed, rank)
-        self.teacher = copy.deepcopy(net).requires_grad_(False).eval()
+        if self.decay and self.asks: self.teacher = copy.deepcopy(net).requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> 'MeanTeacher':
+    def train(self, mode: bool = True) -> 'SlowCopy':
         super().train(mode)
         if self.teacher is not None: self.teacher.eval()
         return self
 
     def source(self, net: nn.Module) -> nn.Module:
-        if self.teacher is None: raise ConfigError('a mean teacher that was never told of its net', 'begin(net) before the first step', '`fit` does that')
+        if not self.decay: return net
+        if self.teacher is None: raise ConfigError(f'{type(self).__name__} that was never told of its net', 'begin(net) before the first step', '`fit` does that')
         return self.teacher
 
+    @torch.no_grad()
+    def after_step(self, net: nn.Module, numbers: Mapping[str, float]) -> None:
+        super().after_step(net, numbers)
+        if self.teacher is None: return
+        pace = 1 - min(self.decay, (1 + self.step)/(10 + self.step))
+        for a, b in zip(self.teacher.parameters(), net.parameters(), strict=True): a.data.lerp_(b.data, pace)
+        for c, d in zip(self.teacher.buffers(), net.buffers(), strict=True): c.copy_(d)
+
+class MeanTeacher(SlowCopy):
+    "A slow copy of the net teaches probabilities."
     def targets(self, answers: Mapping[str, Tensor], where: Mapping[str, Tensor]) -> dict[str, Target]:
         return {h: replace(taught(consensus([a]), where[h]), shares=a.float().softmax(1)) for h, a in answers.items() if h in where}
 
     def compare(self, net: nn.Module, seen: dict[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
         with statistics_kept(net): out = net(seen)
         return {'pseudo': self.headed({h: share_loss(out[h], t) for h, t in targets.items() if h in out})}
-
-    @torch.no_grad()
-    def after_step(self, net: nn.Module, numbers: Mapping[str, float]) -> None:
-        super().after_step(net, numbers)
-        pace, slow = 1 - min(self.decay, (1 + self.step)/(10 + self.step)), self.source(net)
-        for a, b in zip(slow.parameters(), net.parameters(), strict=True): a.data.lerp_(b.data, pace)
-        for c, d in zip(slow.buffers(), net.buffers(), strict=True): c.copy_(d)
 
 def share_loss(logits: Tensor, target: Target) -> Tensor:
     "Squared difference of probabilities, over all pixels that can be judged."
