@@ -250,11 +250,11 @@ def _figure_html(png: bytes, caption: str, wide: bool = False) -> str:
     "A picture inside the page; a wide one scrolls sideways on a phone instead of shrinking."
     return f'<figure{" class=wide" if wide else ""}><img alt="{escape(caption)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"><figcaption>{escape(caption)}</figcaption></figure>'
 
-def _page(title: str, sub: str, parts: Sequence[tuple[str, str]], notes: Sequence[str]) -> str:
+def _page(title: str, sub: str, parts: Sequence[tuple[str, str]], notes: Sequence[str], style: str = '', without: str = 'Not in this report') -> str:
     "Head, sections and what is missing."
-    missing = f'<div class="note">Not in this report:<ul>{"".join(f"<li>{escape(n)}</li>" for n in notes)}</ul></div>' if notes else ''
+    missing = f'<div class="note">{without}:<ul>{"".join(f"<li>{escape(n)}</li>" for n in notes)}</ul></div>' if notes else ''
     body = ''.join(f'<section><h2>{escape(h)}</h2>{content}</section>' for h, content in parts)
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(title)}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head>'
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(title)}</title><link rel="icon" href="data:,"><style>{STYLE}{style}</style></head>'
             f'<body><h1>{escape(title)}</h1><p class="sub">{sub}</p>{missing}{body}</body></html>\n')
 
 # %% ../../nbs/apply/73_report.ipynb #1ddb33b8
