@@ -38,6 +38,8 @@ class Plan:
     curve: tuple[str, ...] = ()                          # variants that are trained with every share of labels; the others with the first share only
     options: Mapping[str, Any] = field(default_factory=dict)            # how a synthetic world is drawn
     also: Mapping[str, Mapping[str, Any]] = field(default_factory=dict) # more test sets: name -> what is drawn differently
+    begin: Mapping[str, Any] | None = None               # net from which all variants go on, where they do; None: each one's own, taught by labels alone
+    first: Mapping[str, Any] = field(default_factory=dict) # and what is drawn differently for it
 
 _CTME: dict[str, Any] = {'model': 'ctme', 'embedding': False, 'distillation': False, 'interaction': None}
 
@@ -70,6 +72,7 @@ ABLATIONS['dllr'] = Plan({
     'dllr, likeliest labels': _dllr(reassignment=None),
     'dllr, pixel level': _dllr(reassignment='pixel'),
     'dllr, fused teacher': _dllr(consistency='self'),
+    'dllr, no slow copy': _dllr(decay=0.),
     'dllr, no pseudo-labels': _dllr(consistency=None),
 }, 'land', ('image', 'sar'), ('mask',), {'miou': 'mIoU'}, 'supervised', 'dllr_labels', curve=('supervised', 'unimatch', 'dllr'))
 
@@ -86,7 +89,7 @@ ABLATIONS['segcr'] = Plan({
     'full, classes only': [{'model': 'segcr', 'tasks': ('mask', 'cloud_impact')}],
     'full, clear image only': [{'model': 'segcr', 'tasks': ('clear', 'cloud_impact')}],
 }, 'land', ('image', 'sar'), ('mask', 'clear', 'cloud_impact'), {'miou_cloudy': 'mIoU under cloud', 'psnr': 'PSNR, dB', 'miou_on_clear': 'mIoU without clouds'}, 'concat', 'segcr_ablation',
-    options={'cover': (0., .9)}, also={'on_clear': {'cover': 0.}})
+    options={'cover': (0., .9)}, also={'on_clear': {'cover': 0.}}, begin=_SEGCR | {'tasks': ('mask',)}, first={'cover': 0.})
 
 # %% ../../nbs/apply/76_ablation.ipynb #5fd8ac44
 def plan_of(name: str) -> Plan: # the ablation of a model
@@ -104,6 +107,8 @@ def variants(name: str,               # of the table: a model
     return {k: [dict(n) for n in nets] for k, nets in table.items() if not only or k in only}
 
 # %% ../../nbs/apply/76_ablation.ipynb #a57cc5b1
+def _others(data: Mapping[str, Any]) -> list[str]: return [k for k in data if k not in ('train', 'val', 'test', 'begin')]
+
 def _slug(variant: str) -> str: return re.sub(r'[^a-z0-9]+', '-', variant.lower()).strip('-')
 
 def train_row(variant: str,                       # its name
@@ -114,7 +119,8 @@ def train_row(variant: str,                       # its name
               common: Mapping[str, Any],          # arguments of every net: bands, classes, encoder, …
               labels: str = '',                   # share of the places that keep their labels
               world: Mapping[str, Any] | None = None, # what else the data were opened with; a row knows it
-              begin: int = 0,                     # steps on the labelled places alone, from where all methods of a seed go on
+              begin: int = 0,                     # steps of a net from which all variants of a seed go on
+              start: Mapping[str, Any] | None = None, # that net, as a difference; None: the variant's own, taught by labels alone
               **how: Any                          # arguments of `fit`: steps, batch_size, lr, …
              ) -> dict[str, Any]:                 # the row
     "Train and score one variant with one seed, or read it back if that was done."
@@ -129,26 +135,28 @@ def train_row(variant: str,                       # its name
     for i, difference in enumerate(nets):
         net, objective, lesson = _pupil(dict(common) | dict(difference), seed)
         train = data['train'](lesson, labels, seed) if callable(data['train']) else data['train']
-        if begin: start_from(net, _begun(begin, difference, seed, data, folder, common, labels, how))
+        if begin: start_from(net, _begun(begin, start or dict(difference) | {'lesson': {'method': 'supervised'}}, seed, data, folder, common, labels, how))
         run = fit(net, train, data['val'], objective=objective, seed=seed, out=place/f'net-{i}', resume=True, **how)
         if run.stopped: raise KeyboardInterrupt
         result = evaluate(net, data['test'], batch_size=how.get('batch_size', 8))
         scores |= result['values']
         row['params'] += sum(p.numel() for p in net.parameters())
         row['seconds'] += round(run.seconds, 1)
-        for also in (k for k in data if k not in ('train', 'val', 'test')):
+        for also in _others(data):
             scores |= {f'{k}_{also}': v for k, v in evaluate(net, data[also], batch_size=how.get('batch_size', 8))['values'].items() if k in SHORT.values()}
-    row |= {short + end: scores[name + end] for end in ('', *(f'_{k}' for k in data if k not in ('train', 'val', 'test'))) for short, name in SHORT.items() if name + end in scores}
+    row |= {short + end: scores[name + end] for end in ('', *(f'_{k}' for k in _others(data))) for short, name in SHORT.items() if name + end in scores}
     if covers := [scores[k] for k in ('mask_by_cover', 'clear_by_cover') if k in scores]: row['by_cover'] = {c: {k: v for some in covers for k, v in some[c].items()} for c in covers[0]}
     write_json(done, plain({'row': row, 'scores': scores, 'protocol': result['protocol'], 'settings': settings}))
     return plain(row)
 
 def _begun(steps: int, difference: Mapping[str, Any], seed: int, data: Mapping[str, Any], folder: str | Path, common: Mapping[str, Any], labels: str, how: Mapping[str, Any]) -> Path:
-    "The folder of a net that learned from labels alone; the first method of a seed trains it."
-    shape = {k: v for k, v in difference.items() if k not in ('model', 'lesson')}
+    "The folder of a net to go on from; the first variant of a seed trains it."
+    shape = {k: v for k, v in difference.items() if k not in ('model', 'lesson', 'tasks')} if 'lesson' in difference else {}
     place = Path(folder)/'-'.join(filter(None, ('begin', *(_slug(f'{k} {v}') for k, v in shape.items()), _slug(labels), str(seed))))
-    net, objective, lesson = _pupil(dict(common) | dict(difference) | {'lesson': {'method': 'supervised'}}, seed)
-    if fit(net, data['train'](lesson, labels, seed), data['val'], objective=objective, seed=seed, out=place, resume=True, **{**how, 'steps': steps}).stopped: raise KeyboardInterrupt
+    net, objective, lesson = _pupil(dict(common) | dict(difference), seed)
+    train = data.get('begin', data['train'])
+    train = train(lesson, labels, seed) if callable(train) else train
+    if fit(net, train, None if 'begin' in data else data['val'], objective=objective, seed=seed, out=place, resume=True, **{**how, 'steps': steps}).stopped: raise KeyboardInterrupt
     return place
 
 SHORT = {'miou': 'miou', 'mf1': 'mf1', 'oa': 'oa', 'miou_cloudy': 'miou_cloudy', 'rmse': 'height_rmse', 'mae': 'height_mae', 'rmse_tall': 'height_rmse_tall', 'delta1': 'height_delta1',
@@ -156,11 +164,11 @@ SHORT = {'miou': 'miou', 'mf1': 'mf1', 'oa': 'oa', 'miou_cloudy': 'miou_cloudy',
 
 def _pupil(config: dict[str, Any], seed: int) -> tuple[Any, Any, dict[str, Any]]: # net, objective, lesson
     "What a variant trains."
-    lesson, model = dict(config.pop('lesson', {})), config.pop('model')
+    lesson, model, balance = dict(config.pop('lesson', {})), config.pop('model'), config.pop('balance', 0.)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = create_model(model, **config)
-    return net, semi_objective(tasks=net.tasks, **lesson) if lesson else SegCR(net.tasks) if model == 'segcr' else Objective(net.tasks), lesson
+    return net, semi_objective(tasks=net.tasks, balance=balance, **lesson) if lesson else (SegCR if model == 'segcr' else Objective)(net.tasks, balance=balance), lesson
 
 # %% ../../nbs/apply/76_ablation.ipynb #aa08c92b
 def run_table(table: Mapping[str, Sequence[Mapping[str, Any]]],  # variant -> nets, as `variants` gives them
@@ -170,7 +178,7 @@ def run_table(table: Mapping[str, Sequence[Mapping[str, Any]]],  # variant -> ne
               common: Mapping[str, Any],                         # arguments of every net
               labels: Sequence[str] = ('',),                     # shares of labels: the first for every variant
               curve: Sequence[str] = (),                         # and the others for these
-              **how: Any                                         # `world`, `begin`, and arguments of `fit`
+              **how: Any                                         # `world`, `begin`, `start`, and arguments of `fit`
              ) -> list[dict[str, Any]]:                          # rows
     "Train what is missing of a table; stop it whenever you like, and call it again."
     todo = [(seed, share, name) for seed in seeds for share in labels for name in table if share == labels[0] or name in curve]

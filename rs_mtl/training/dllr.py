@@ -21,7 +21,7 @@ from .semi import SlowCopy, Target, consensus, judged, look, need_heads, pseudo_
 
 # %% ../../nbs/training/66_dllr.ipynb #735018c1
 SOURCES: dict[str, dict[str, tuple[str, ...]]] = {  # form of consistency -> head -> who teaches it
-    'cross': {'mask': ('mask', 'mask_image', 'mask_sar'), 'mask_image': ('mask_sar', 'mask'), 'mask_sar': ('mask_image', 'mask')},
+    'cross': {'mask': ('mask',), 'mask_image': ('mask_sar', 'mask'), 'mask_sar': ('mask_image', 'mask')},
     'self': dict.fromkeys(('mask', 'mask_image', 'mask_sar'), ('mask',))}
 
 def _chosen(name: str, value: Any, known: Sequence[Any]) -> Any:
@@ -46,7 +46,7 @@ class DLLR(SlowCopy):
                  consistency: str | bool | None = 'cross',      # 'cross', 'self' or None: no pseudo-labels
                  mask_labelled: bool = False,                   # hide squares of labelled samples too
                  threshold: float = 0.,                         # how sure a pixel must be to teach
-                 decay: float = 0.,                             # of a slow copy that is asked for labels; 0: the net itself
+                 decay: float = .99,                            # of the slow copy that is asked for labels; 0: the net itself is asked
                  transport: Mapping[str, Any] | None = None,    # arguments of the `Reassigner`
                  **kwargs: Any):
         super().__init__(tasks, decay=decay, **kwargs)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ..core import IGNORE, ConfigError, Registry, _closest, valid_key
 from ..data.augment import Mix, draw_mix
 from ..layers.encoder import Encoder
-from .losses import Objective, mask_loss
+from .losses import Objective
 
 # %% ../../nbs/training/65_semi.ipynb #762de246
 SENSORS = {'mask_image': 'image', 'mask_sar': 'sar'}  # a head of one sensor -> the layer it reads
@@ -149,12 +149,13 @@ class Labelled(nn.Module):
                  heads: float = .4,                # weight of the single sensors' heads, where a net has them
                  cutmix: float = .5,               # share of strong looks that get a box of another
                  weighting: str = 'fixed',         # of several tasks: 'fixed' or 'uncertainty'
+                 balance: float = 0.,              # how much more rare classes count among the labels: 0 not, 1 all classes alike
                  patience: int = 100):             # steps of one-class pseudo-labels before a warning
         super().__init__()
         for name, value, high in (('weight', weight, float('inf')), ('ramp', ramp, 1.), ('heads', heads, float('inf')), ('cutmix', cutmix, 1.)):
             if not 0 <= value <= high or value == float('inf'): raise ConfigError(f'{name}={value}', f'a number from 0 to {high:g}' if high < float('inf') else 'a finite number of at least 0')
         if 'mask' not in tasks: raise ConfigError(f'tasks {", ".join(tasks)}', "'mask' among them", 'pseudo-labels are classes')
-        self.labels = Objective(tasks, weighting=weighting)
+        self.labels = Objective(tasks, weighting=weighting, balance=balance)
         self.weight, self.ramp, self.heads, self.cutmix, self.patience = weight, ramp, heads, cutmix, patience
         self.names: tuple[str, ...] = ()
         self.seed = self.rank = self.step = self.steps = self.stuck = 0
@@ -162,7 +163,7 @@ class Labelled(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         "What a resumed run compares."
-        return {'method': type(self).__name__, 'tasks': self.labels.tasks, 'weighting': self.labels.weighting} | {k: getattr(self, k) for k in self.told}
+        return {'method': type(self).__name__, 'tasks': self.labels.tasks, 'weighting': self.labels.weighting, 'balance': self.labels.balance} | {k: getattr(self, k) for k in self.told}
 
     def begin(self, net: nn.Module, seed: int = 0, rank: int = 0) -> None:
         "Called once, before the first step."
@@ -177,7 +178,7 @@ class Labelled(nn.Module):
     def forward(self, out: Mapping[str, Tensor], batch: Mapping[str, Tensor], skip: Sequence[str] = ()) -> dict[str, Tensor]:
         "Losses on labelled samples, and 'total'."
         losses = self.labels({k: v for k, v in out.items() if k.removeprefix('aux_') not in SENSORS}, batch, skip)  # which are weighed here
-        extra = {h: mask_loss(out[h], batch['mask'], self._where(batch, layer)) for h, layer in SENSORS.items() if h in out}
+        extra = {h: self.labels.losses['mask'](out[h], batch['mask'], self._where(batch, layer)) for h, layer in SENSORS.items() if h in out}
         return losses | extra | {'total': losses['total'] + self.heads*sum(extra.values()) if extra else losses['total']}
 
     @staticmethod
@@ -360,7 +361,7 @@ class SlowCopy(SemiObjective):
         return self
 
     def source(self, net: nn.Module) -> nn.Module:
-        if not self.decay: return net
+        if not self.decay or not self.asks: return net
         if self.teacher is None: raise ConfigError(f'{type(self).__name__} that was never told of its net', 'begin(net) before the first step', '`fit` does that')
         return self.teacher
 
