@@ -19,7 +19,7 @@ _PUBLIC = {
     'sinkhorn': 'labels.sinkhorn', 'Plan': 'labels.sinkhorn', 'read_table': 'data.table_file',
     'Objective': 'training.losses', 'Scores': 'training.metrics', 'fit': 'training.fit', 'fit_stats': 'training.fit', 'evaluate': 'training.fit',
     'semi_objective': 'training.semi', 'save': 'training.checkpoint', 'load': 'training.checkpoint', 'start_from': 'training.checkpoint',
-    'predict_scene': 'apply.predict', 'predict_sample': 'apply.predict', 'show_sample': 'apply.figures', 'show_map': 'apply.maps',
+    'predict_scene': 'apply.predict', 'predict_scenes': 'apply.many_scenes', 'predict_sample': 'apply.predict', 'show_sample': 'apply.figures', 'show_map': 'apply.maps',
     'explore': 'apply.explore',
     'write_report': 'apply.report', 'save_onnx': 'apply.onnx',
 }

@@ -111,6 +111,9 @@ def _look(net: Any, scene: Scene, inputs: Sequence[str], side: int = 256) -> Non
         warnings.warn(f"band {off['band'] + 1} of {off['layer']} {scene.layers[off['layer']].path!r} has a mean of {off['observed']:.3g} in the middle of the scene, {off['sigma']:.0f} sigma from the {off['mean']:.3g} that the net was trained on; "
                       'are the bands in the same order, and the numbers in the same unit?', stacklevel=3)
 
+def _check_windows(tile: int, overlap: float, batch: int) -> None:
+    if tile < 1 or batch < 1 or not 0 <= overlap <= .9: raise ConfigError(f'tile={tile}, overlap={overlap}, batch={batch}', 'tile and batch of at least 1, overlap between 0 and 0.9')
+
 def _device(device: str | torch.device) -> torch.device:
     "'auto' is the GPU where there is one."
     return torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device)
@@ -261,14 +264,14 @@ def predict_scene(net: nn.Module,                              # from batch dict
                   fold: bool = True                            # fold batch norm on CPU, where it changes nothing
                  ) -> dict[str, Path]:                         # map -> the GeoTIFF that was written
     "Predict a scene of any size, window by window, into GeoTIFFs that appear complete or not at all."
-    if tile < 1 or batch < 1 or not 0 <= overlap <= .9: raise ConfigError(f'tile={tile}, overlap={overlap}, batch={batch}', 'tile and batch of at least 1, overlap between 0 and 0.9')
+    _check_windows(tile, overlap, batch)
     scene = layers if isinstance(layers, Scene) else Scene(layers)
     inputs, where = _inputs(net, scene), _device(device)
     _look(net, scene, inputs)
     rows, cols = (tile_starts(n, tile, overlap) for n in scene.shape)
     down, across = (blend_weights(n, tile, s) for n, s in zip(scene.shape, (rows, cols)))
     windows = [(k, r, c) for k, r in enumerate(rows) for c in cols]
-    ready, band, bar = _ready(net, where), _Band(min(tile, scene.shape[0]), scene.shape[1]), progress(total=len(windows), desc='predict', unit='tile')
+    ready, band, bar = _ready(net, where), _Band(min(tile, scene.shape[0]), scene.shape[1]), progress(total=len(windows), desc='predict', unit='tile', leave=None)
     fold = fold and where.type == 'cpu' and len(windows) > 8 and bool(getattr(net, 'config', None))
     with ExitStack() as stack, bar:
         stack.enter_context(_cache(scene, inputs, tile))
