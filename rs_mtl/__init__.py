@@ -21,7 +21,7 @@ _PUBLIC = {
     'semi_objective': 'training.semi', 'save': 'training.checkpoint', 'load': 'training.checkpoint', 'start_from': 'training.checkpoint',
     'predict_scene': 'apply.predict', 'predict_scenes': 'apply.many_scenes', 'predict_sample': 'apply.predict', 'show_sample': 'apply.figures', 'show_map': 'apply.maps',
     'explore': 'apply.explore',
-    'write_report': 'apply.report', 'save_onnx': 'apply.onnx',
+    'write_report': 'apply.report', 'compare_runs': 'apply.compare', 'save_onnx': 'apply.onnx',
 }
 
 

@@ -6,7 +6,7 @@
 __all__ = ['FILES', 'SCORES', 'COLOURS', 'RunFolder', 'read_run', 'count_parameters', 'Scored', 'scores_of', 'groups_of', 'shown',
            'best_of', 'overlaid', 'find_runs', 'compare_runs']
 
-# %% ../../nbs/apply/73_compare.ipynb #9b6cb6b2
+# %% ../../nbs/apply/73_compare.ipynb #b2793889
 import json, math, os, sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from .figures import PALETTE, _figure, _png, read_history
 from .report import _figure_html, _number, _page, find_values
 from ..core import ConfigError, DataError, DatasetNotFoundError, write_text
 
-# %% ../../nbs/apply/73_compare.ipynb #e4c259b7
+# %% ../../nbs/apply/73_compare.ipynb #c598eb83
 FILES = ('metrics.json', 'history.csv', 'model.json', 'state.json')  # each of them makes a folder a run
 _BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked', 'mean', 'std')
 
@@ -75,7 +75,7 @@ def read_run(folder: str | Path,   # what a run left behind
     run.lacks = _lacks(run)
     return run
 
-# %% ../../nbs/apply/73_compare.ipynb #253430fa
+# %% ../../nbs/apply/73_compare.ipynb #32803806
 def _lacks(run: RunFolder) -> str:
     "Why a run has no scores that belong to what it learned; '' if it has."
     last = run.history[-1] if run.history else {}
@@ -97,7 +97,7 @@ def count_parameters(file: str | Path # a .safetensors file
         return sum(math.prod(v['shape']) for k, v in head.items() if k != '__metadata__' and k.rpartition('.')[2] not in _BUFFERS)
     except (OSError, ValueError, TypeError, KeyError, AttributeError): return None
 
-# %% ../../nbs/apply/73_compare.ipynb #7eba7b9f
+# %% ../../nbs/apply/73_compare.ipynb #65d7a504
 @dataclass
 class Scored:
     "Scores of one run under one protocol."
@@ -142,7 +142,7 @@ def groups_of(scored: Iterable[Scored]) -> list[list[Scored]]: # in each, every 
         else: groups.append((s.fixed, dict(s.loose), [s]))
     return [members for _, _, members in groups]
 
-# %% ../../nbs/apply/73_compare.ipynb #8038f7f0
+# %% ../../nbs/apply/73_compare.ipynb #4b32075f
 SCORES: dict[str, tuple[str, str, float, int, bool]] = {  # key -> label, unit, factor, decimals, whether more is better
     'miou': ('mean IoU', '%', 100, 1, True), 'mf1': ('mean F1', '%', 100, 1, True), 'oa': ('right pixels', '%', 100, 1, True),
     'height_rmse': ('height RMSE', 'm', 1, 2, False), 'height_mae': ('height MAE', 'm', 1, 2, False),
@@ -159,7 +159,7 @@ def best_of(key: str, texts: Sequence[str]) -> str: # '' where there is nothing 
     known = [t for t in texts if t]
     return (max if SCORES[key][4] else min)(known, key=float) if len(set(known)) > 1 else ''
 
-# %% ../../nbs/apply/73_compare.ipynb #deddfd55
+# %% ../../nbs/apply/73_compare.ipynb #4df1a0dd
 COLOURS = [PALETTE[i] for i in (4, 5, 2, 0, 6, 1)]  # a run keeps its colour on the whole page; yellow cannot be seen on white
 _LINES = ('-', '--', '-.', ':')
 _SAME = ('model', 'data', 'encoder', 'seed', 'out', 'resume', 'force', 'workers', 'run')  # of no interest, or in the table already
@@ -197,7 +197,7 @@ def _table_html(group: Sequence[Scored], order: Mapping[str, int], page: Path) -
         rows += ''.join(f'<td class="n{" best" if best[k] and texts[k][r] == best[k] else ""}">{_marked(texts[k][r], best[k])}</td>' for k in keys) + '</tr>'
     return f'<div class="wide"><table class="runs"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
-# %% ../../nbs/apply/73_compare.ipynb #c373d4d1
+# %% ../../nbs/apply/73_compare.ipynb #32c5d6c2
 def _matrix_html(title: str, group: Sequence[Scored], columns: Mapping[str, Sequence[str]], order: Mapping[str, int], best: Mapping[str, str] = {}, numbers: bool = True) -> str:
     "A folded table with the runs as rows."
     kind = ' class="n"' if numbers else ''
@@ -236,7 +236,7 @@ def _notes_html(group: Sequence[Scored], first: Sequence[Scored] | None) -> str:
         if len(found) > 1: notes.append(f'The {what} differs ({", ".join(found)}): ' + ('these runs were scored on other draws of the same world, so small differences may come from the places.' if what.startswith('seed') else 'the nets saw windows of another size.'))
     return ''.join(f'<p class="note">{escape(n)}</p>' for n in notes)
 
-# %% ../../nbs/apply/73_compare.ipynb #6b7137dc
+# %% ../../nbs/apply/73_compare.ipynb #1dc2aba9
 _CURVES = {'val_loss': 'validation loss', 'val_miou': 'mean IoU, validation', 'val_height_rmse': 'height RMSE, validation (m)', 'val_clear_psnr': 'clear PSNR, validation (dB)', 'val_cloud_impact_mae': 'impact MAE, validation', 'loss': 'training loss'}
 
 def _curve_groups(runs: Sequence[RunFolder]) -> list[tuple[str, list[RunFolder]]]:
@@ -291,7 +291,7 @@ def _curves_html(runs: Sequence[RunFolder], order: Mapping[str, int]) -> str:
         out += f'<h3>Validated on {escape(title)}</h3>{apart}' + _figure_html(_png(figure, 100), 'Over the steps of training: ' + ', '.join(r.name for r in members), wide=True)
     return out
 
-# %% ../../nbs/apply/73_compare.ipynb #73f4c12d
+# %% ../../nbs/apply/73_compare.ipynb #95f40508
 def _place_key(run: RunFolder) -> tuple | None:
     "What decides which places the test pictures of a run show; None where that is not known."
     p = run.settings
@@ -323,7 +323,7 @@ def _place_html(png: bytes, run: RunFolder, i: int) -> str:
     figure = _figure_html(png, f'{run.name}, {run.get("model") or "?"}')
     return figure.replace('<figure>', '<figure><label title="larger or smaller"><input type="checkbox">', 1).replace('<figcaption>', f'</label><figcaption><i style="background:{_colour(i)}"></i>', 1)
 
-# %% ../../nbs/apply/73_compare.ipynb #e478a012
+# %% ../../nbs/apply/73_compare.ipynb #5c0d2055
 _STYLE = '''
 .runs{width:100%;font-size:.86rem}.runs td,.runs th{padding:.35rem .5rem .35rem 0;vertical-align:top;border-bottom:1px solid var(--line)}.runs th{vertical-align:bottom;line-height:1.25}.runs td:first-child{min-width:8rem;max-width:17rem;overflow-wrap:anywhere}
 .runs .n{text-align:right;padding:.35rem .4rem;white-space:nowrap}.runs .best b{border-bottom:3px solid var(--accent)}.runs .small{font-size:.8rem}a{color:var(--accent)}.note{overflow-wrap:anywhere}
@@ -344,19 +344,23 @@ def find_runs(folders: Iterable[str | Path], # run folders, and what else a patt
     paths = [Path(f) for f in folders]
     if not paths: raise ConfigError('no folder to compare', 'run folders', 'rs-mtl report runs/*')
     paths = list({p.resolve(): p for p in reversed(paths)}.values())[::-1]
-    top = _common(paths)
-    page = Path(out) if out else top/'report.html'
-    if not out and top == top.parent: raise ConfigError('these runs have no folder in common', 'a place for the page', 'say where: rs-mtl report … --out page.html')
-    runs, left = [], {}
+    found: dict[Path, RunFolder | str] = {}
     for p in paths:
+        try: found[p] = read_run(p)
+        except DataError as e: found[p] = e.what
+    top = _common([p for p, r in found.items() if not isinstance(r, str)] or paths)
+    page = Path(out) if out else top/'report.html'
+    if not out and page.is_relative_to(Path.cwd()): page = page.relative_to(Path.cwd())
+    runs, left = [], {}
+    for p, r in found.items():
         name = os.path.relpath(p.resolve(), top).replace(os.sep, '/') if top != top.parent else str(p)
-        if p.is_file() and p.resolve() in (page.resolve(), top/'report.html'): continue
-        try: runs.append(read_run(p, name))
-        except DataError as e: left[name] = e.what
+        if isinstance(r, RunFolder): r.name = name; runs.append(r)
+        elif not (p.is_file() and p.resolve() in (page.resolve(), top/'report.html')): left[name] = r
+    if runs and not out and top == top.parent: raise ConfigError('these runs have no folder in common', 'a place for the page', 'say where: rs-mtl report … --out page.html')
     if not runs: raise DatasetNotFoundError('none of these is a run: ' + ('; '.join(f"'{k}': {v}" for k, v in left.items()) or f"'{page}' is a page"), f'folders with {" or ".join(FILES)}', 'train one: rs-mtl train plain --out runs/mine')
     return runs, left, page
 
-# %% ../../nbs/apply/73_compare.ipynb #b8bf564a
+# %% ../../nbs/apply/73_compare.ipynb #f3af67fe
 def compare_runs(folders: Iterable[str | Path],     # run folders
                  out: str | Path | None = None      # None writes report.html into the folder that holds them all
                 ) -> Path:                          # the page

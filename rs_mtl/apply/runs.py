@@ -144,7 +144,9 @@ def _value(text: str) -> Any:
 # %% ../../nbs/apply/74_runs.ipynb #b5dc3991
 class RunFailed(RsMtlError, RuntimeError):
     "A run notebook stopped with an error."
-    ename = ''  # the class of the error inside
+    ename = ''                   # the class of the error inside
+    notebook: Path | None = None # how far it came
+    def __str__(self) -> str: return super().__str__() + (f"\n  the whole run: '{self.notebook}'" if self.notebook else '')
 
 class Stopped(RsMtlError):
     "A run that somebody asked to stop, and that did."
@@ -243,6 +245,12 @@ def _plain(path: Path) -> str:
 def _failure(e: Any, notebook: Path) -> RunFailed:
     "The error inside the notebook in its own words, and where the rest is."
     known = e.ename in ('ConfigError', 'DataError', 'CheckpointError', 'TrainingDiverged', 'DatasetNotFoundError', 'LabelError', 'BandError', 'NodataError', 'AlignmentError', 'Stopped')
-    failed = RunFailed((e.evalue if known else f'{e.ename}: {e.evalue}') + f"\n  the whole run: '{notebook}'")
-    failed.ename = e.ename
+    failed = RunFailed(*(_three(e.evalue) if known else (f'{e.ename}: {e.evalue}',)))
+    failed.ename, failed.notebook = e.ename, notebook
     return failed
+
+def _three(text: str) -> tuple[str, str, str]:
+    "What, expected and what to do, from the words of an `RsMtlError`: of an error in another process, only these are left."
+    rest, _, todo = text.rpartition('\n  what to do: ') if '\n  what to do: ' in text else (text, '', '')
+    what, _, expected = rest.partition('\n  expected: ')
+    return what, expected, todo

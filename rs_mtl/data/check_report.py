@@ -160,10 +160,14 @@ class Report:
             out.setdefault('ignored', {})[split or 'in no split'] = ignored/max(1, total + ignored)
         return out
 
+    def as_dict(self) -> dict[str, Any]:
+        "Everything, as plain data."
+        said = lambda fs: [{'kind': f.kind, 'what': f.what, 'todo': f.todo, 'places': list(f.places)} for f in fs]
+        return {'name': self.stock.name, 'root': self.stock.root, 'quick': self.quick, 'problems': said(self.problems), 'warnings': said(self.warnings), **_finite(self.counts)}
+
     def to_json(self, path: str | Path) -> Path:
         "Write everything as JSON; returns the path."
-        said = lambda fs: [{'kind': f.kind, 'what': f.what, 'todo': f.todo, 'places': list(f.places)} for f in fs]
-        return write_json(path, {'name': self.stock.name, 'root': self.stock.root, 'quick': self.quick, 'problems': said(self.problems), 'warnings': said(self.warnings), **_finite(self.counts)})
+        return write_json(path, self.as_dict())
 
     def _head(self) -> str:
         where = f" in '{self.stock.root}'" if self.stock.root else ''
