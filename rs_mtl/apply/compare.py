@@ -325,8 +325,8 @@ def _place_html(png: bytes, run: RunFolder, i: int) -> str:
 
 # %% ../../nbs/apply/73_compare.ipynb #5c0d2055
 _STYLE = '''
-.runs{width:100%;font-size:.86rem}.runs td,.runs th{padding:.35rem .5rem .35rem 0;vertical-align:top;border-bottom:1px solid var(--line)}.runs th{vertical-align:bottom;line-height:1.25}.runs td:first-child{min-width:8rem;max-width:17rem;overflow-wrap:anywhere}
-.runs .n{text-align:right;padding:.35rem .4rem;white-space:nowrap}.runs .best b{border-bottom:3px solid var(--accent)}.runs .small{font-size:.8rem}a{color:var(--accent)}.note{overflow-wrap:anywhere}
+.runs{width:100%;font-size:.84rem}.runs td,.runs th{padding:.35rem .5rem .35rem 0;vertical-align:top;border-bottom:1px solid var(--line)}.runs th{vertical-align:bottom;line-height:1.25}.runs td:first-child{min-width:8rem;max-width:17rem;overflow-wrap:anywhere}
+.runs .n{text-align:right;padding:.35rem .28rem;white-space:nowrap}.runs .best b{border-bottom:3px solid var(--accent)}.runs .small{font-size:.8rem}a{color:var(--accent)}.note{overflow-wrap:anywhere}
 .places{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(420px,100%),1fr));gap:.3rem 1rem}.places figure{margin:.2rem 0;min-width:0}.places img{width:100%;cursor:zoom-in}.places input{position:absolute;opacity:0}.places input:focus-visible+img{outline:3px solid var(--accent)}.places figure:has(input:checked){grid-column:1/-1}.places input:checked+img{cursor:zoom-out}
 '''
 
