@@ -40,6 +40,7 @@ class Plan:
     also: Mapping[str, Mapping[str, Any]] = field(default_factory=dict) # more test sets: name -> what is drawn differently
     begin: Mapping[str, Any] | None = None               # net from which all variants go on, where they do; None: each one's own, taught by labels alone
     first: Mapping[str, Any] = field(default_factory=dict) # and what is drawn differently for it
+    last: bool = False                                   # the net of the last step is scored, not that of the best validation epoch
 
 _CTME: dict[str, Any] = {'model': 'ctme', 'embedding': False, 'distillation': False, 'interaction': None}
 
@@ -74,7 +75,7 @@ ABLATIONS['dllr'] = Plan({
     'dllr, fused teacher': _dllr(consistency='self'),
     'dllr, no slow copy': _dllr(decay=0.),
     'dllr, no pseudo-labels': _dllr(consistency=None),
-}, 'land', ('image', 'sar'), ('mask',), {'miou': 'mIoU'}, 'supervised', 'dllr_labels', curve=('supervised', 'unimatch', 'dllr'))
+}, 'land', ('image', 'sar'), ('mask',), {'miou': 'mIoU'}, 'supervised', 'dllr_labels', curve=('supervised', 'fixmatch', 'dllr'), options={'days': 1.}, last=True)
 
 # %% ../../nbs/apply/76_ablation.ipynb #e42e1a97
 _SEGCR: dict[str, Any] = {'model': 'segcr', 'tasks': ('mask', 'clear'), 'fusion': 'concat', 'cloud_impact': False, 'translation': False}
@@ -89,7 +90,7 @@ ABLATIONS['segcr'] = Plan({
     'full, classes only': [{'model': 'segcr', 'tasks': ('mask', 'cloud_impact')}],
     'full, clear image only': [{'model': 'segcr', 'tasks': ('clear', 'cloud_impact')}],
 }, 'land', ('image', 'sar'), ('mask', 'clear', 'cloud_impact'), {'miou_cloudy': 'mIoU under cloud', 'psnr': 'PSNR, dB', 'miou_on_clear': 'mIoU without clouds'}, 'concat', 'segcr_ablation',
-    options={'cover': (0., .9)}, also={'on_clear': {'cover': 0.}}, begin=_SEGCR | {'tasks': ('mask',)}, first={'cover': 0.})
+    options={'cover': (0., .9)}, also={'on_clear': {'cover': 0.}}, begin=_SEGCR | {'tasks': ('mask',)}, first={'cover': 0.}, last=True)
 
 # %% ../../nbs/apply/76_ablation.ipynb #5fd8ac44
 def plan_of(name: str) -> Plan: # the ablation of a model
@@ -114,7 +115,7 @@ def _slug(variant: str) -> str: return re.sub(r'[^a-z0-9]+', '-', variant.lower(
 def train_row(variant: str,                       # its name
               nets: Sequence[Mapping[str, Any]],  # what is built, each over `common`
               seed: int,                          # of weights, order and the draw of labels
-              data: Mapping[str, Any],            # 'train', 'val' and 'test' data sets; 'train' may be a function of a lesson, labels and seed; more test sets by their names
+              data: Mapping[str, Any],            # 'train', 'val' (or None: no epoch is chosen) and 'test' data sets; 'train' may be a function of a lesson, labels and seed; more test sets by their names
               folder: str | Path,                 # of the table; the row gets a folder in it
               common: Mapping[str, Any],          # arguments of every net: bands, classes, encoder, …
               labels: str = '',                   # share of the places that keep their labels
@@ -125,7 +126,7 @@ def train_row(variant: str,                       # its name
              ) -> dict[str, Any]:                 # the row
     "Train and score one variant with one seed, or read it back if that was done."
     place = Path(folder)/'-'.join(filter(None, (_slug(variant), _slug(labels), str(seed))))
-    settings = plain({'nets': [dict(n) for n in nets], 'common': dict(common), 'how': how, 'items': {k: len(v) for k, v in data.items() if not callable(v)}, 'data': dict(world or {})} | ({'begin': begin} if begin else {}))
+    settings = plain({'nets': [dict(n) for n in nets], 'common': dict(common), 'how': how, 'items': {k: len(v) for k, v in data.items() if v is not None and not callable(v)}, 'data': dict(world or {})} | ({'begin': begin} if begin else {}))
     if (done := place/'row.json').is_file():
         kept = json.loads(done.read_text(encoding='utf-8'))
         if kept['settings'] != settings: raise ConfigError(f"'{place}' was trained with other settings", 'the settings of the whole table', 'choose another folder, or remove that one')
