@@ -124,26 +124,26 @@ CELLS = ("who: str = 'you'   # to greet\ntimes: int = 1\nshare: float = 0.5\nmos
 @pytest.mark.parametrize(('wrong', 'message'), [
     ({'whom': 'me'}, "did you mean 'who'?"), ({'times': '2'}, "times='2' is str"), ({'times': None}, 'times=None is None'), ({'times': True}, 'times=True is bool'),
     ({'share': float('nan')}, 'share=nan'), ({'who': 3}, 'who=3 is int')])
-def test_a_wrong_parameter_stops_before_a_kernel_starts(tmp_path, monkeypatch, wrong, message):
+def test_fault_46_a_wrong_parameter_stops_before_a_kernel_starts(tmp_path, monkeypatch, wrong, message):
     import jupyter_client.manager
     monkeypatch.setattr(jupyter_client.manager.AsyncKernelManager, 'start_kernel', lambda *a, **k: pytest.fail('a kernel was started'))
     with pytest.raises(ConfigError) as e: run(notebook(tmp_path, *CELLS), tmp_path/'out', **wrong)
     assert message in str(e.value)
 
 @pytest.mark.parametrize(('wrong', 'message'), [({'whom': 'me'}, "no parameter 'whom'"), ({'times': 9}, 'times=9')])
-def test_a_wrong_parameter_given_to_papermill_itself_stops_in_the_first_cell(tmp_path, monkeypatch, wrong, message):
+def test_fault_46_a_wrong_parameter_given_to_papermill_itself_stops_in_the_first_cell(tmp_path, monkeypatch, wrong, message):
     import papermill
     monkeypatch.chdir(tmp_path)
     with pytest.raises(papermill.PapermillExecutionError, match=message): papermill.execute_notebook(str(notebook(tmp_path, *CELLS)), str(tmp_path/'out.ipynb'), wrong, kernel_name='python3', progress_bar=False)
     assert not (tmp_path/'ran').exists()
 
 @pytest.mark.parametrize('name', ['train', 'evaluate', 'predict'])
-def test_each_run_notebook_stops_at_a_misspelt_parameter(tmp_path, name):
+def test_fault_46_each_run_notebook_stops_at_a_misspelt_parameter(tmp_path, name):
     import papermill
     with pytest.raises(papermill.PapermillExecutionError, match="no parameter 'sede'.*(?s:.)*did you mean 'seed'"):
         papermill.execute_notebook(str(find_run(name)), None, {'sede': 1}, kernel_name='python3', progress_bar=False)
 
-def test_a_notebook_without_a_parameters_cell_says_how_to_tag_one(tmp_path):
+def test_fault_46_a_notebook_without_a_parameters_cell_says_how_to_tag_one(tmp_path):
     with pytest.raises(ConfigError, match='(?s)no cell tagged.*Cell Tags'): run(notebook(tmp_path, 'x = 1', tag=None), tmp_path/'out')
     (tmp_path/'torn.ipynb').write_text('{"cells": [')
     with pytest.raises(ConfigError, match='is no notebook'): run(tmp_path/'torn.ipynb', tmp_path/'out')
