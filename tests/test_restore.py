@@ -501,6 +501,9 @@ def test_the_command_line_trains_segcr_on_the_country_with_clouds_and_prints_the
     assert {'miou', 'miou_cloudy', 'clear_psnr', 'clear_ssim_cloudy', 'cloud_impact_auroc', 'cloud_impact_on_clear'} <= told['values'].keys()
     assert told['floors']['clear_psnr'] > 5 and told['parameters']['tasks'] == 'mask,clear,cloud_impact' and told['parameters']['inputs'] == 'image,sar'
     assert 'doing nothing' in (tmp_path/'run'/'train.ipynb').read_text()
+    said = command('evaluate', tmp_path/'run', '--quick')
+    assert said.returncode == 0, said.stderr
+    assert 'miou_cloudy' in json.loads((tmp_path/'run'/'evaluate.json').read_text())['values']  # under clouds, as it was trained
 
 def test_the_command_line_trains_and_evaluates_segcr_on_m3mcr(root, tmp_path):
     import json
@@ -522,6 +525,7 @@ def settled(**parameters):
 
 def test_a_run_of_segcr_knows_what_it_needs(root):
     land = settled(model='segcr', data='land')
+    assert land['settings']['data_options'] == 'cover=(0,.9)'  # written down, for whoever scores the net later
     assert (land['inputs'], land['tasks'], land['how']) == ('image,sar', 'mask,clear,cloud_impact', {'cover': (0, .9)})
     assert settled(model='segcr', data='land', data_options='cover=.3,sky=(thin,haze)')['how'] == {'cover': .3, 'sky': ('thin', 'haze')}
     assert settled(model='segcr', data='land', tasks='mask')['tasks'] == 'mask'

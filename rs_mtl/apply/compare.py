@@ -114,7 +114,6 @@ def _drawn(run: RunFolder, settings: Mapping[str, Any], kind: str) -> str:
     text = str(settings.get('data_options') or '')
     try: options = split_options(text)
     except ConfigError: return text
-    if kind == 'train' and run.get('model') == 'segcr' and settings.get('data') in ('city', 'land'): options.setdefault('cover', (0, .9))  # as the notebook does
     return ', '.join(f'{k}={v}' for k, v in sorted(options.items()))
 
 def _is_world(data: Any, drawn: str) -> bool: return data in ('city', 'land') or any(f'{k}=' in drawn for k in ('cover', 'sky', 'end_member'))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Parameter', 'read_parameters', 'list_runs', 'find_run', 'parameters_of', 'check_value', 'check_names',
-           'check_params', 'split_list', 'split_options', 'RunFailed', 'Stopped', 'run']
+           'check_params', 'split_list', 'split_options', 'told_of_data', 'RunFailed', 'Stopped', 'run']
 
 # %% ../../nbs/apply/74_runs.ipynb #762f255b
 import ast, asyncio, importlib, io, json, os, signal, sys, tempfile, tokenize
@@ -140,6 +140,15 @@ def _value(text: str) -> Any:
     "A number, True, False, None, a tuple of such in brackets, or text."
     try: return ast.literal_eval(text)
     except (ValueError, SyntaxError): return tuple(_value(p) for p in _outer(text[1:-1])) if text[:1] + text[-1:] in ('()', '[]') else text
+
+# %% ../../nbs/apply/74_runs.ipynb #67a2fffd
+def told_of_data(run: str | Path # a run folder
+                ) -> str:        # as `split_options` reads it; '' where nothing is known
+    "What else a run's data set was opened with."
+    file = Path(run)/'metrics.json'
+    if not file.is_file(): return ''
+    try: return str(json.loads(file.read_text(encoding='utf-8')).get('parameters', {}).get('data_options') or '')
+    except (ValueError, AttributeError) as e: raise ConfigError(f"'{file}' is not the record of a run", 'JSON with the parameters of the training', 'train again, or name the data with data= and data_options=') from e
 
 # %% ../../nbs/apply/74_runs.ipynb #b5dc3991
 class RunFailed(RsMtlError, RuntimeError):
