@@ -15,8 +15,25 @@ SMALL = {  # a new benchmark joins with a line
     'training_loop': dict(quick=True),
     'sinkhorn': dict(sizes='20000,32000', wide=10000, threads='1', repeats=2, most=64),
     'reassignment': dict(size=48, few=4, many=8, test_scenes=8, steps=4, long=4, speed_size=64),
+    'transfer': dict(scenes=4, city_steps=2, steps=2, seeds=1),
     'reading': dict(pixels=600, sizes='128', dtypes='uint8', workers='0', seconds=.05, rounds=1, warm=8, steps=2, step_size=64),
 }
+
+
+def plots(folder):
+    "Photographs and canopy models as the transfer benchmark expects them."
+    import numpy as np
+    import rasterio
+    from rasterio.transform import from_origin
+    rng = np.random.default_rng(0)
+    for place in (f'{forest}_{i}' for forest in ('MLBS', 'OSBS') for i in (1, 2, 3, 4, 5, 6)):
+        for layer, values, cell in (('RGB', rng.uniform(0, 255, (3, 200, 200)), .1), ('CHM', rng.uniform(0, 30, (1, 20, 20)), 1.)):
+            (folder/layer).mkdir(parents=True, exist_ok=True)
+            with rasterio.open(folder/layer/f'{place}.tif', 'w', driver='GTiff', height=values.shape[1], width=values.shape[2], count=len(values), dtype='float32', crs='EPSG:32617', transform=from_origin(4e5, 33e5, cell, cell)) as f: f.write(values.astype('float32'))
+    return folder
+
+
+FILES = {'transfer': plots}  # benchmarks that read files: what makes some
 
 
 def check(result, name):
@@ -27,7 +44,8 @@ def check(result, name):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_benchmark_runs_with_small_parameters_and_writes_its_rows(name, tmp_path, capfd):
-    run(HERE/f'{name}.ipynb', tmp_path, out=str(tmp_path), **SMALL[name])
+    files = {'root': str(FILES[name](tmp_path/'files'))} if name in FILES else {}
+    run(HERE/f'{name}.ipynb', tmp_path, out=str(tmp_path), **files, **SMALL[name])
     check(json.loads((tmp_path/f'{name}.json').read_text()), name)
 
 
