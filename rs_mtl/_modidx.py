@@ -817,7 +817,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'rs_mtl.data.rasters.Files.close': ('data/rasters.html#files.close', 'rs_mtl/data/rasters.py'),
                                      'rs_mtl.data.rasters.Files.forget': ('data/rasters.html#files.forget', 'rs_mtl/data/rasters.py'),
                                      'rs_mtl.data.rasters.Files.lend': ('data/rasters.html#files.lend', 'rs_mtl/data/rasters.py'),
-                                     'rs_mtl.data.rasters._block': ('data/rasters.html#_block', 'rs_mtl/data/rasters.py'),
+                                     'rs_mtl.data.rasters._blocks': ('data/rasters.html#_blocks', 'rs_mtl/data/rasters.py'),
                                      'rs_mtl.data.rasters._check_written': ('data/rasters.html#_check_written', 'rs_mtl/data/rasters.py'),
                                      'rs_mtl.data.rasters._encode': ('data/rasters.html#_encode', 'rs_mtl/data/rasters.py'),
                                      'rs_mtl.data.rasters._forked': ('data/rasters.html#_forked', 'rs_mtl/data/rasters.py'),

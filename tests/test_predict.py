@@ -73,6 +73,7 @@ def test_windows_cover_every_pixel_and_their_weights_sum_to_one(n, tile, overlap
 @given(h=st.integers(1, 600), w=st.integers(1, 600), tile=st.sampled_from([16, 64, 100, 256]), overlap=st.floats(0, .5), batch=st.integers(1, 5))
 @example(h=600, w=41, tile=64, overlap=.9, batch=2).via('the largest overlap')
 @example(h=1, w=1, tile=64, overlap=.25, batch=1).via('a single pixel')
+@example(h=512, w=1, tile=64, overlap=.25, batch=1).via('one column with an overview')
 @example(h=300, w=7, tile=64, overlap=0, batch=3).via('narrower than a tile, no overlap')
 def test_fault_44_a_net_that_returns_its_input_returns_the_scene_up_to_the_frame(tmp_path_factory, h, w, tile, overlap, batch):
     tmp, tile = tmp_path_factory.mktemp('same'), max(tile, min(h, w)//8)  # small windows in small scenes, or it takes for ever

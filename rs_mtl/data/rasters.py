@@ -124,19 +124,17 @@ def _check_written(part: Path, path: str | Path) -> None:
     size = part.stat().st_size
     with _opened(part) as src:
         for level in (None, *range(len(src.overviews(1)))):
-            n = 1 if level is None else src.overviews(1)[level]
-            rows, cols = (math.ceil(math.ceil(s/n)/b) for s, b in zip(src.shape, _block(src, level)))
+            rows, cols = _blocks(src, level)
             for i, j in ((i, j) for i in range(rows) for j in range(cols)):
                 at, length = (src.get_tag_item(f'BLOCK_{what}_{j}_{i}', 'TIFF', bidx=1, ovr=level) for what in ('OFFSET', 'SIZE'))
                 if at is None or length is None or int(at) + int(length) > size:
                     raise DataError(f'{str(path)!r} cannot be written: a block at row {i}, column {j} did not reach the disk', 'room on the disk', 'free some space, or write to another folder')
 
-def _block(src: Any, level: int | None) -> tuple[int, int]:
-    "Rows and columns of a block; overviews have their own."
-    if level is None: return src.block_shapes[0]
+def _blocks(src: Any, level: int | None) -> tuple[int, int]:
+    "How many rows and columns of blocks there are; an overview is asked itself, since the factor of a raster of one column is not known."
     import rasterio
-    with _quiet(): small = rasterio.open(src.name, overview_level=level)
-    with small: return small.block_shapes[0]
+    with _quiet(), rasterio.open(src.name, **({} if level is None else {'overview_level': level})) as small:
+        return tuple(math.ceil(s/b) for s, b in zip(small.shape, small.block_shapes[0]))  # type: ignore[return-value]
 
 # %% ../../nbs/data/20_rasters.ipynb #579bf9ea
 def write_raster(path: str | Path,               # the final name
