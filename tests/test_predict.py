@@ -129,6 +129,29 @@ def test_fault_45_nodata_in_is_nodata_out_and_empty_tiles_skip_the_net(tmp_path)
                      'mask': ('uint8', 255, 1, (256, 256), [2]), 'probabilities': ('uint8', 255, 2, (256, 256), [2])}
 
 
+def test_uncertainty_is_the_entropy_of_what_is_written_and_turns_do_not_move_a_symmetric_net(tmp_path):
+    hole = np.zeros((130, 170), bool); hole[20:40, 30:90] = True
+    image, files = written(tmp_path, 130, 170, hole=hole)
+    plain = predict_scene(Same(), files, tmp_path/'plain', 64, probabilities=True, uncertainty=True)
+    p = read(plain['probabilities'])*.004
+    entropy = -(np.where(p > 0, p*np.log(np.maximum(p, 1e-9)), 0)).sum(0)/np.log(2)
+    assert abs(read(plain['uncertainty'])[0]*.004 - entropy)[~hole].max() < .03     # both in steps of .004; a step near 0 and 1 changes the entropy by more
+    turned = predict_scene(Same(), files, tmp_path/'turned', 64, uncertainty=True, turns=True)
+    for name in turned: assert abs(read(turned[name]).astype(float) - read(plain[name]))[:, ~hole].max() <= (1 if name == 'uncertainty' else 1e-5), name   # pixel by pixel: no direction
+    with rasterio.open(turned['uncertainty']) as src: assert np.array_equal(src.read_masks(1) == 0, hole)
+
+class Eastward(nn.Module):
+    "Reads the neighbour in the west: an answer that depends on direction."
+    inputs = ('image',)
+    def forward(self, batch): return {'height': batch['image'].roll(1, -1)}
+
+def test_turns_average_what_depends_on_direction(tmp_path):
+    image, files = written(tmp_path, 64, 64)
+    out = read(predict_scene(Eastward(), files, tmp_path/'o', 64, turns=True)['height'])[0, 1:-1, 1:-1]
+    x = image[0]
+    assert abs(out - (x[:-2, 1:-1] + x[2:, 1:-1] + x[1:-1, :-2] + x[1:-1, 2:])/4).max() < 1e-6
+
+
 def test_a_scene_without_any_data_is_an_error_and_leaves_no_file(tmp_path):
     _, files = written(tmp_path, 80, 80, hole=np.ones((80, 80), bool))
     with pytest.raises(DataError, match='no pixel'): predict_scene(Same(), files, tmp_path/'o', 64)

@@ -221,6 +221,8 @@ def predict_scenes(run: str | Path,                            # folder of a run
                    batch: int = 1,                             # windows at a time; more than one pays on a GPU only
                    device: str = 'auto',                       # of each worker: 'cpu', 'cuda', …; 'auto' takes a GPU where there is one
                    probabilities: bool = False,                # also write the class probabilities
+                   uncertainty: bool = False,                  # also write their entropy, 0 sure … 1 all classes alike
+                   turns: bool = False,                        # ask about each window in its eight turns and mirrorings
                    fold: bool = True,                          # fold batch norm on CPU, where it changes nothing
                    how: Mapping[str, Any] | None = None,       # arguments of `Scene`, the same for all: scales, align, …
                    client: Any = None,                         # None: one after the other, here; a dask.distributed.Client, its address, or an executor
@@ -230,7 +232,7 @@ def predict_scenes(run: str | Path,                            # folder of a run
     _check_windows(tile, overlap, batch)
     if retries < 0: raise ConfigError(f'retries={retries}', 'at least 0')
     read_pair(run, 'model')  # a checkpoint that is missing or torn is said here, once
-    jobs = _jobs(str(Path(run).absolute()), _named(scenes), Path(out_dir).absolute(), dict(how or {}), dict(tile=tile, overlap=overlap, batch=batch, device=str(device), probabilities=probabilities, fold=fold))
+    jobs = _jobs(str(Path(run).absolute()), _named(scenes), Path(out_dir).absolute(), dict(how or {}), dict(tile=tile, overlap=overlap, batch=batch, device=str(device), probabilities=probabilities, uncertainty=uncertainty, turns=turns, fold=fold))
     rows = {j.name: SceneResult(j.name, j.folder, 'skipped') for j in jobs if _finished(j.folder, j.digest)}
     todo = [j for j in jobs if j.name not in rows]
     try:
@@ -250,6 +252,6 @@ def _nothing() -> Iterator[None]: yield None
 
 def _jobs(run: str, scenes: Mapping[str, dict[str, Source]], out: Path, how: dict[str, Any], options: dict[str, Any]) -> list[_Job]:
     "What is to be done, each with the digest of what decides its maps."
-    checkpoint, shown = _checkpoint(run), {k: options[k] for k in ('tile', 'overlap', 'probabilities')}
+    checkpoint, shown = _checkpoint(run), {k: options[k] for k in ('tile', 'overlap', 'probabilities', 'uncertainty', 'turns')}
     digest = lambda layers: _sha([checkpoint, shown, how, {k: [s, *map(_stamp, s.paths)] for k, s in layers.items()}])
     return [_Job(name, layers, how, out/name, run, checkpoint, digest(layers), options, _here()) for name, layers in scenes.items()]
