@@ -119,6 +119,7 @@ class Notebook(pytest.File):
     def teardown(self) -> None:
         if self.shell is not None: self.shell.close()
         self.shell = None
+        if core := sys.modules.get('rs_mtl.core'): core.show_progress(None)  # a notebook's silence ends with it
 
 
 class Cell(pytest.Item):

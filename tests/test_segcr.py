@@ -290,7 +290,7 @@ def test_without_clouds_the_net_is_the_plain_fusion_and_under_them_translation_t
     with torch.no_grad():
         with forced(net, 0.): clear = net(batch)
         torch.testing.assert_close(clear['mask'], control(batch)['mask'])
-        assert (clear['clear'] - batch['image']).abs().max() < .01*batch['image'].std()*10 and (control(batch)['clear'] - batch['image']).abs().max() > .05  # what is free stays
+        assert (clear['clear'] - batch['image']).abs().max() < .1*batch['image'].std() and (control(batch)['clear'] - batch['image']).abs().max() > .05  # what is free stays
         with forced(net, 1.): under = net(batch)
         for p in net.translate.parameters(): p.mul_(1.5)
         with forced(net, 0.): again = net(batch)

@@ -150,6 +150,7 @@ def train_row(variant: str,                       # its name
     write_json(done, plain({'row': row, 'scores': scores, 'protocol': result['protocol'], 'settings': settings}))
     return plain(row)
 
+# %% ../../nbs/apply/76_ablation.ipynb #287c791c
 def _begun(steps: int, difference: Mapping[str, Any], seed: int, data: Mapping[str, Any], folder: str | Path, common: Mapping[str, Any], labels: str, how: Mapping[str, Any]) -> Path:
     "The folder of a net to go on from; the first variant of a seed trains it."
     shape = {k: v for k, v in difference.items() if k not in ('model', 'lesson', 'tasks')} if 'lesson' in difference else {}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .maps import Drawn, alike, draw_array
-from .predict import _ask, blend_weights, tile_starts
+from .predict import _ask, blend_weights, entropy, tile_starts
 from ..core import IGNORE, ConfigError, DataError, valid_key
 from ..data.grid import Grid
 
@@ -112,8 +112,7 @@ class Answer:
     @property
     def uncertainty(self) -> np.ndarray:
         "Entropy of the class probabilities, 0 … 1."
-        p = np.clip(self.maps['mask'], 1e-9, 1)
-        return -(p*np.log(p)).sum(0)/math.log(len(p))
+        return entropy(torch.from_numpy(self.maps['mask']))[0].numpy()
 
 @dataclass
 class Profile:

@@ -29,6 +29,8 @@ EXAMPLES = {
               "rs-mtl check own data/mine --image 'img/{place}.tif' --mask 'lab/{place}.tif' --classes water,field --codes 10=water,20=field,0=ignore --scale image=1e-4"),
 }
 ABOUT = {'train': 'train a net and score it', 'ablate': 'train all variants of a model, to see what each idea is worth', 'evaluate': 'score a trained net', 'predict': 'map a whole scene', 'report': 'write a page about a run, or one that compares several', 'check': 'say what is wrong with a data set', 'list': 'the names of models and data sets'}
+
+# %% ../../nbs/apply/75_cli.ipynb #e8d6ac63
 TEACH = {  # what a newcomer should know before the options
     'list': 'Prints the names that other commands take: models for train and ablate (ctme, dllr and segcr have an ablation), data sets for --data and check.',
     'check': 'Reads a data set before you train on it, and says what is missing, torn, mislabelled, out of range, doubled or shared between splits. Nothing is changed.',
@@ -50,6 +52,7 @@ STEPS = """first steps:
 CODES = """exit codes: 0 done; 1 an error, in words on stderr (check: problems were found); 2 a wrong command line (check: also, it could not be checked);
   130 stopped by Ctrl-C or a signal (train: go on with --resume)"""
 
+# %% ../../nbs/apply/75_cli.ipynb #72651433
 class Parser(argparse.ArgumentParser):
     "argparse, with a hint at what was meant, and errors as JSON where that was asked for."
     as_json = False
@@ -127,6 +130,7 @@ def _commands() -> list[str]:
     "All commands, in the order in which they are needed."
     return sorted([*list_runs(), *OTHERS], key=lambda c: (ORDER.index(c) if c in ORDER else len(ORDER), c))
 
+# %% ../../nbs/apply/75_cli.ipynb #1fa330b1
 def make_parser(command: str = '',    # its options are added; others are only named
                 as_json: bool = False # errors as JSON
                ) -> Parser:
@@ -153,6 +157,7 @@ def _wrapped(text: str) -> str:
     import shutil, textwrap
     return '\n'.join(textwrap.fill(line, max(40, shutil.get_terminal_size().columns - 2), break_on_hyphens=False) for line in text.split('\n'))
 
+# %% ../../nbs/apply/75_cli.ipynb #da25d87d
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     "The command and its options; exits with 2 where they are wrong."
     command, as_json = next((a for a in argv if not a.startswith('-')), ''), wants_json(argv)

@@ -112,6 +112,7 @@ def _look(net: Any, scene: Scene, inputs: Sequence[str], side: int = 256) -> Non
         warnings.warn(f"band {off['band'] + 1} of {off['layer']} {scene.layers[off['layer']].path!r} has a mean of {off['observed']:.3g} in the middle of the scene, {off['sigma']:.0f} sigma from the {off['mean']:.3g} that the net was trained on; "
                       'are the bands in the same order, and the numbers in the same unit?', stacklevel=3)
 
+# %% ../../nbs/apply/70_predict.ipynb #94b9afbe
 def _check_windows(tile: int, overlap: float, batch: int) -> None:
     if tile < 1 or batch < 1 or not 0 <= overlap <= .9: raise ConfigError(f'tile={tile}, overlap={overlap}, batch={batch}', 'tile and batch of at least 1, overlap between 0 and 0.9')
 
@@ -138,6 +139,7 @@ def _ask(net: nn.Module, batch: dict[str, Tensor], device: torch.device) -> dict
         maps['mask'] = maps['mask'].softmax(1)
     return maps
 
+# %% ../../nbs/apply/70_predict.ipynb #e107dd5d
 def _ask_turned(net: nn.Module, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     "The mean of what the net says of a batch in all eight turns and mirrorings, each turned back."
     total: dict[str, Tensor] = {}

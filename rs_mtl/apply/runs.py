@@ -230,6 +230,7 @@ def run(notebook: str | Path,      # 'train', 'evaluate', 'predict', or the path
     failed.unlink(missing_ok=True)
     return done
 
+# %% ../../nbs/apply/74_runs.ipynb #2d6681b9
 def _papermill() -> tuple[Any, Any]:
     "papermill and a kernel manager, or what to install."
     try:
@@ -251,6 +252,7 @@ def _plain(path: Path) -> str:
     "A path as papermill wants it: it takes braces for its own."
     return str(path).replace('{', '{{').replace('}', '}}')
 
+# %% ../../nbs/apply/74_runs.ipynb #6e85aca5
 def _failure(e: Any, notebook: Path) -> RunFailed:
     "The error inside the notebook in its own words, and where the rest is."
     known = e.ename in ('ConfigError', 'DataError', 'CheckpointError', 'TrainingDiverged', 'DatasetNotFoundError', 'LabelError', 'BandError', 'NodataError', 'AlignmentError', 'Stopped')

@@ -202,6 +202,7 @@ def settle(rows: Tensor, weight: Tensor, prior: Tensor, eps: float, strength: fl
     "The KL-relaxed plan of a pool of samples."
     return sinkhorn(rows.flatten(0, -2), prior, eps, 1e-4, weight.flatten(), 'kl', strength, init, on_fail='warn')
 
+# %% ../../nbs/labels/41_reassignment.ipynb #228ffab9
 class Informed(Assigner):
     "What reassignment knows: the class shares to come, and how the net errs on labelled pixels."
     moving: Tensor

@@ -117,6 +117,7 @@ class DLLR(MultiTaskNet):
         named = {f'{t}_{k}': m for k, maps in own.items() for t, m in maps.items()} if every else {}
         return out | named | ({f'aux_{n}': m for n, m in named.items()} if self.training else {})
 
+# %% ../../nbs/models/53_dllr.ipynb #914618bb
 def _masking(how: bool | Mapping[str, Any]) -> Masking | None:
     "The switch as what it stands for."
     if isinstance(how, bool): return Masking() if how else None

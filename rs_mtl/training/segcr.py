@@ -94,6 +94,7 @@ def cloud_target(batch: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | N
     valid = _both(batch, 'image', 'clear')
     return weak_impact(batch['image'], batch['clear'], valid), valid
 
+# %% ../../nbs/training/67_segcr.ipynb #e32eefda
 class SegCR(Objective):
     "Losses of classes, clear image, cloud impact and translation."
     def __init__(self,

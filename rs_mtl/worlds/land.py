@@ -187,7 +187,7 @@ def draw_day(seed: int, number: int | None, days: float) -> Day: # number None: 
     u = np.zeros(len(MATERIALS) + 12, np.float32)
     if number is not None and days: u = np.float32(days) * (2 * uniform(np.full(len(u), number, np.int64), np.arange(len(u)), _key(seed, 66)) - 1)  # -1…1
     plants, air = u[12:], u[:12]
-    thick = np.float32(.15 * abs(days) * (number is not None)) + np.float32(.15) * air[0]
+    thick = np.float32(0 if number is None else .15 * days) + np.float32(.15) * air[0]
     return Day(_LEAVES * plants, np.exp(np.float32(.25) * air[1] + np.float32(.05) * air[2:6])[:, None, None],
                (thick * np.array([1, .72, .55, .28], np.float32))[:, None, None], np.float32(2.5) * air[6], np.float32(3) * air[7])
 
