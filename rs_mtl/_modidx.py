@@ -1710,6 +1710,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'rs_mtl.training.semi.channels_dropped': ( 'training/semi.html#channels_dropped',
                                                                                  'rs_mtl/training/semi.py'),
                                       'rs_mtl.training.semi.consensus': ('training/semi.html#consensus', 'rs_mtl/training/semi.py'),
+                                      'rs_mtl.training.semi.evened': ('training/semi.html#evened', 'rs_mtl/training/semi.py'),
                                       'rs_mtl.training.semi.judged': ('training/semi.html#judged', 'rs_mtl/training/semi.py'),
                                       'rs_mtl.training.semi.look': ('training/semi.html#look', 'rs_mtl/training/semi.py'),
                                       'rs_mtl.training.semi.need_heads': ('training/semi.html#need_heads', 'rs_mtl/training/semi.py'),

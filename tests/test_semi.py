@@ -23,7 +23,7 @@ from rs_mtl.layers.masking import Masking
 from rs_mtl.training.checkpoint import read_pair
 from rs_mtl.training.fit import evaluate, fit
 from rs_mtl.training.losses import Objective
-from rs_mtl.training.semi import METHODS, SENSORS, Target, answering, consensus, judged, look, paste, pseudo_loss, ramped, semi_objective, share_loss, statistics_kept
+from rs_mtl.training.semi import METHODS, SENSORS, Target, answering, consensus, evened, judged, look, paste, pseudo_loss, ramped, semi_objective, share_loss, statistics_kept
 from rs_mtl.worlds.land import Land
 
 HERE = Path(__file__).parent
@@ -367,6 +367,22 @@ def test_the_loss_is_the_weighted_mean_over_all_pixels_that_can_be_judged():
         assert torch.equal(value, loss(logits, target)) and value > 0 and spoilt.grad.isfinite().all()
     nothing = Target(torch.full_like(labels, IGNORE), weight, torch.zeros_like(valid))
     assert pseudo_loss(logits, nothing) == 0
+
+@pytest.mark.parametrize('balance', (.5, 1.))
+def test_rare_classes_count_more_among_pseudo_labels_as_they_do_among_labels(balance):
+    g = torch.Generator().manual_seed(1)
+    labels = (torch.rand(2, 9, 9, generator=g) > .9).long()   # one class is nine times as frequent as the other
+    labels[:, 0] = IGNORE
+    target = Target(labels, torch.ones(2, 9, 9), torch.ones(2, 1, 9, 9, dtype=torch.bool))
+    each = evened(target, 2, balance)
+    counts = torch.bincount(labels[labels != IGNORE], minlength=2)
+    assert each[labels == IGNORE].abs().max() == 0 and each[target.kept].mean().item() == pytest.approx(1, rel=1e-5)
+    assert (each[labels == 1][0]/each[labels == 0][0]).item() == pytest.approx((counts[0]/counts[1]).item()**balance, rel=1e-5)
+    logits = torch.randn(2, 2, 9, 9, generator=g)
+    assert pseudo_loss(logits, target, balance) != pseudo_loss(logits, target)
+    same = Target(torch.zeros_like(labels), target.weight, target.valid)   # one class only: nothing to even out
+    assert torch.allclose(pseudo_loss(logits, same, balance), pseudo_loss(logits, same))
+    assert pseudo_loss(logits, Target(torch.full_like(labels, IGNORE), target.weight, target.valid), balance) == 0
 
 def test_boxes_carry_pictures_targets_weights_and_validity_alike(batch):
     n = 6

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SENSORS', 'METHODS', 'look', 'judged', 'answering', 'statistics_kept', 'Target', 'consensus', 'taught', 'pseudo_loss',
-           'paste', 'ramped', 'Labelled', 'Counted', 'SemiObjective', 'FixMatch', 'channels_dropped', 'UniMatch',
-           'need_heads', 'CPS', 'SlowCopy', 'MeanTeacher', 'share_loss', 'semi_objective']
+           'evened', 'paste', 'ramped', 'Labelled', 'Counted', 'SemiObjective', 'FixMatch', 'channels_dropped',
+           'UniMatch', 'need_heads', 'CPS', 'SlowCopy', 'MeanTeacher', 'share_loss', 'semi_objective']
 
 # %% ../../nbs/training/65_semi.ipynb #26db6c41
 import copy, warnings
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ..core import IGNORE, ConfigError, Registry, _closest, valid_key
 from ..data.augment import Mix, draw_mix
 from ..layers.encoder import Encoder
-from .losses import Objective
+from .losses import Objective, rarity
 
 # %% ../../nbs/training/65_semi.ipynb #762de246
 SENSORS = {'mask_image': 'image', 'mask_sar': 'sar'}  # a head of one sensor -> the layer it reads
@@ -101,11 +101,20 @@ def taught(logp: Tensor,            # (B,C,H,W) log-probabilities
     return Target(torch.where(kept, labels, IGNORE), kept.float(), valid)
 
 def pseudo_loss(logits: Tensor,   # (B,C,H,W)
-                target: Target
+                target: Target,
+                balance: float = 0.   # how much more rare classes count, as among the labels
                ) -> Tensor:       # scalar
     "Weighted cross-entropy with pseudo-labels, over all pixels that can be judged."
     each = F.cross_entropy(torch.where(target.valid, logits.float(), 0), target.labels, ignore_index=IGNORE, reduction='none')
-    return torch.where(target.kept, target.weight*each, 0).sum()/target.valid.sum().clamp(min=1)
+    return torch.where(target.kept, target.weight*evened(target, logits.shape[1], balance)*each, 0).sum()/target.valid.sum().clamp(min=1)
+
+def evened(target: Target, classes: int, balance: float) -> Tensor: # (B,H,W)
+    "How much more a pixel counts whose class is rare among what is taught; 1 on average."
+    kept = target.kept
+    if not balance: return kept.float()
+    by_class = rarity(torch.where(kept, target.labels, IGNORE), classes)**balance
+    each = torch.where(kept, by_class[torch.where(kept, target.labels, 0)], 0)
+    return each*kept.sum()/each.sum().clamp(min=1e-6)
 
 # %% ../../nbs/training/65_semi.ipynb #cf95318c
 def paste(seen: Mapping[str, Tensor],       # a strong look
@@ -265,7 +274,7 @@ class SemiObjective(Counted):
     def compare(self, net: nn.Module, seen: dict[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
         "Losses on a strong look."
         with statistics_kept(net): out = net(seen)
-        return {'pseudo': self.headed({h: pseudo_loss(out[h], t) for h, t in targets.items() if h in out})}
+        return {'pseudo': self.headed({h: pseudo_loss(out[h], t, self.labels.balance) for h, t in targets.items() if h in out})}
 
     def besides(self, net: nn.Module, batch: Mapping[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
         "Losses on something else than strong looks."
@@ -321,7 +330,7 @@ class UniMatch(FixMatch):
 
     def besides(self, net: nn.Module, batch: Mapping[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
         with statistics_kept(net), channels_dropped(net, self.drop, (self.seed, self.step, self.rank, 8)): out = net(look(batch))
-        return {'feature': self.headed({h: pseudo_loss(out[h], t) for h, t in targets.items() if h in out})}
+        return {'feature': self.headed({h: pseudo_loss(out[h], t, self.labels.balance) for h, t in targets.items() if h in out})}
 
 # %% ../../nbs/training/65_semi.ipynb #f21f91ea
 def need_heads(answers: Mapping[str, Tensor], method: str) -> None:
@@ -380,13 +389,13 @@ class MeanTeacher(SlowCopy):
 
     def compare(self, net: nn.Module, seen: dict[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
         with statistics_kept(net): out = net(seen)
-        return {'pseudo': self.headed({h: share_loss(out[h], t) for h, t in targets.items() if h in out})}
+        return {'pseudo': self.headed({h: share_loss(out[h], t, self.labels.balance) for h, t in targets.items() if h in out})}
 
-def share_loss(logits: Tensor, target: Target) -> Tensor:
+def share_loss(logits: Tensor, target: Target, balance: float = 0.) -> Tensor:
     "Squared difference of probabilities, over all pixels that can be judged."
     if target.shares is None: raise ConfigError('a target without shares', 'probabilities to compare with')
     each = (torch.where(target.valid, logits.float(), 0).softmax(1) - torch.where(target.valid, target.shares, 0)).square().sum(1)
-    return torch.where(target.kept, target.weight*each, 0).sum()/target.valid.sum().clamp(min=1)
+    return torch.where(target.kept, target.weight*evened(target, logits.shape[1], balance)*each, 0).sum()/target.valid.sum().clamp(min=1)
 
 # %% ../../nbs/training/65_semi.ipynb #ff5eba2f
 METHODS = Registry('method', {name: f'rs_mtl.training.{where}' for name, where in {
