@@ -71,8 +71,11 @@ def test_every_image_counts_once_in_the_class_of_its_cover():
     p, t = pictures(0, 6)
     covers = [0., .1, .3, .55, .85, 1.]
     impact = torch.stack([torch.arange(744).view(1, 24, 31) < c*744 for c in covers]).float()
-    found = restored(p, t, batch={'cloud_impact': impact})['by_cover']
+    scores = restored(p, t, batch={'cloud_impact': impact})
+    found = scores['by_cover']
     assert [found[c]['images'] for c in COVERS] == [2, 1, 1, 0, 2]
+    each = [-10*math.log10((p - t)[i].square().mean()) for i, c in enumerate(covers) if c >= .4]   # overcast: from two fifths on
+    assert scores['psnr_overcast'].item() == pytest.approx(sum(each)/len(each), abs=1e-5)
     alone = restored(p[3:4], t[3:4])
     assert found['40-60%']['psnr'] == pytest.approx(alone['psnr'].item()) and math.isnan(found['60-80%']['ssim'])
 
@@ -218,7 +221,7 @@ def test_without_a_cloud_layer_only_whole_numbers_come_out_and_with_one_all_of_t
     few.update(out, {k: v for k, v in batch.items() if k != 'cloud_impact'}); every.update(out, batch)
     few, every = few.compute(), every.compute()
     assert not [k for k in few['values'] if 'cloud' in k or 'cover' in k] and 'cloudy' not in few['protocol']
-    assert {f'{k}_{p}' for k in ('miou', 'oa', 'clear_psnr', 'clear_ssim', 'clear_sam', 'clear_mae') for p in ('cloudy', 'cloudfree')} | {'mask_by_cover', 'clear_by_cover'} == every['values'].keys() - few['values'].keys()
+    assert {f'{k}_{p}' for k in ('miou', 'oa', 'clear_psnr', 'clear_ssim', 'clear_sam', 'clear_mae') for p in ('cloudy', 'cloudfree', 'overcast')} | {'mask_by_cover', 'clear_by_cover'} == every['values'].keys() - few['values'].keys()
     assert {k: v for k, v in every['values'].items() if k in few['values']} == few['values']
     assert 'cloudy' in every['protocol'] and 'mean over images' in every['protocol']['clear']
     plain(every)
@@ -235,6 +238,8 @@ def test_classes_under_cloud_agree_with_a_loop_on_labels_of_a_coarser_grid():
             for c in range(9):
                 if mask[b, r, c] != IGNORE: hits[bool(impact[b, 0, int((r + .5)*20/6), int((c + .5)*30/9)] > .1)].append(bool(pred[b, r, c] == mask[b, r, c]))
     v = s.compute()['values']
+    overcast = [b for b in range(2) if (impact[b] > .1).float().mean() >= .4]
+    assert v['oa_overcast'] == pytest.approx((pred[overcast] == mask[overcast]).sum().item()/(mask[overcast] != IGNORE).sum().item())
     assert v['oa_cloudy'] == pytest.approx(sum(hits[True])/len(hits[True])) and v['oa_cloudfree'] == pytest.approx(sum(hits[False])/len(hits[False]))
 
 def test_a_task_that_the_batch_does_not_hold_is_named():

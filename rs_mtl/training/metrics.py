@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from ..core import IGNORE, ConfigError, valid_key
 from .losses import check_labels
 from .restoration import RestorationScores
-from .under_cloud import CLEAR, CLOUDY, COVERS, CoverMatrix, ImpactScores, Sky, sky_of
+from .under_cloud import CLEAR, CLOUDY, COVERS, OVERCAST, CoverMatrix, ImpactScores, Sky, sky_of
 
 # %% ../../nbs/training/61_metrics.ipynb #948cc6a6
 def class_scores(matrix: Tensor # (C, C) counts: rows the truth, columns the prediction
@@ -70,7 +70,7 @@ PROTOCOL = {
     'height': f'metres; mae, rmse, bias over all valid pixels; rmse_tall, abs_rel, log10, delta1..3 where the truth is above {TALL:g} m, the ratios with the prediction raised to at least {FLOOR:g} m; delta_k: share with max(p/t, t/p) < 1.25^k; rmse_by_class by the true class',
     'clear': 'psnr (dB, range 1, all bands; at most 100), ssim (Gaussian window of 11 pixels, sigma 1.5, mirrored at the rim; only windows without an invalid pixel), sam (mean spectral angle in degrees; 0 between two spectra of zeros, 90 beside one), mae: of each image, then the mean over images; nothing is clipped',
     'cloud_impact': f'over all valid pixels: mae; auroc at a true share above {CLOUDY:g}, from 1024 bins; spearman, from 512 x 512 bins; on_clear: the mean over scenes whose true share is nowhere above {CLEAR:g}',
-    'cloudy': f'cloudy: pixels whose true cloud impact is above {CLOUDY:g}, cloudfree: the others where it is known; a window of ssim is where its centre is; by_cover: by the share of cloudy pixels of an image, miou and oa from one confusion matrix each, the others as means over these images',
+    'cloudy': f'cloudy: pixels whose true cloud impact is above {CLOUDY:g}, cloudfree: the others where it is known; a window of ssim is where its centre is; by_cover: by the share of cloudy pixels of an image, overcast: images with a share of 40 % or more, miou and oa from one confusion matrix each, the others as means over these images',
     'test_time': 'one forward pass; no flips, scales or ensembles',
 }
 
@@ -158,5 +158,6 @@ class Scores(nn.Module):
         def two(matrix: Tensor) -> dict[str, float]:
             s = class_scores(matrix)
             return {'miou': s['iou'].nanmean().item(), 'oa': s['accuracy'].item()}
-        places = {f'{k}_{place}': v for place in ('cloudy', 'cloudfree') for k, v in two(matrices[place]).items()}
+        some = {place: matrices[place] for place in ('cloudy', 'cloudfree')} | {'overcast': matrices['by_cover'][OVERCAST:].sum(0)}
+        places = {f'{k}_{place}': v for place, m in some.items() for k, v in two(m).items()}
         return places | {'mask_by_cover': {c: two(m) | {'pixels': int(m.sum())} for c, m in zip(COVERS, matrices['by_cover'], strict=True)}}

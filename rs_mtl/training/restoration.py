@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from ..core import ConfigError, valid_key
 from .losses import ssim
-from .under_cloud import COVERS, Sky, sky_of
+from .under_cloud import COVERS, OVERCAST, Sky, sky_of
 
 # %% ../../nbs/training/61_restoration.ipynb #78b05808
 def spectral_angle(pred: Tensor,   # (B, C, H, W)
@@ -67,7 +67,9 @@ class RestorationScores(Metric):
         values: dict[str, Any] = {f'{k}{place}': mean[i, j] for i, place in enumerate(PLACES if clouds else PLACES[:1]) for j, k in enumerate(KINDS)}
         images = self.sums[len(PLACES):, KINDS.index('mae'), 1].long().tolist()
         by_cover = {c: dict(zip(KINDS, row, strict=True)) | {'images': n} for c, row, n in zip(COVERS, mean[len(PLACES):].tolist(), images, strict=True)}
-        return values | ({'by_cover': by_cover} if clouds else {})
+        some = self.sums[len(PLACES) + OVERCAST:].sum(0)
+        overcast = {f'{k}_overcast': some[j, 0]/some[j, 1] for j, k in enumerate(KINDS)}
+        return values | (overcast | {'by_cover': by_cover} if clouds else {})
 
 # %% ../../nbs/training/61_restoration.ipynb #fbf90982
 def do_nothing(data: Any # a data set whose samples hold image and clear
