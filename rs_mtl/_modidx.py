@@ -15,6 +15,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'rs_mtl.apply.ablation.figure': ('apply/ablation.html#figure', 'rs_mtl/apply/ablation.py'),
                                        'rs_mtl.apply.ablation.label_curve': ('apply/ablation.html#label_curve', 'rs_mtl/apply/ablation.py'),
                                        'rs_mtl.apply.ablation.plan_of': ('apply/ablation.html#plan_of', 'rs_mtl/apply/ablation.py'),
+                                       'rs_mtl.apply.ablation.rows_of': ('apply/ablation.html#rows_of', 'rs_mtl/apply/ablation.py'),
                                        'rs_mtl.apply.ablation.run_table': ('apply/ablation.html#run_table', 'rs_mtl/apply/ablation.py'),
                                        'rs_mtl.apply.ablation.summary': ('apply/ablation.html#summary', 'rs_mtl/apply/ablation.py'),
                                        'rs_mtl.apply.ablation.train_row': ('apply/ablation.html#train_row', 'rs_mtl/apply/ablation.py'),
