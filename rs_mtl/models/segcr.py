@@ -127,8 +127,9 @@ class SegCR(MultiTaskNet):
         self.simulated = Simulated(self.strides, alone, width, bands, norm) if translation and pair else None
         steered = fusion == 'impact' and cloud_impact
         self.fuse = nn.ModuleList(TargetedFusion(width) if steered else ConcatFusion(width, translation) for _ in self.strides) if pair else None
-        self.decoder = TopDown(stages, width, norm)
         drawn = [t for t in self.tasks if t != 'cloud_impact' or self.impact is None]   # the map is there already
+        self.decoder = TopDown(stages, width, norm)                                     # of the first map that is drawn
+        self.own = nn.ModuleDict({f'to_{t}': TopDown(stages, width, norm) for t in drawn[1:]})  # of each other one
         # 'to_', since a ModuleDict has methods of its own, and one of them is called 'clear'
         self.full = nn.ModuleDict({f'to_{t}': ToFull(width, detail, full, norm) for t in drawn})
         self.head = nn.ModuleDict({f'to_{t}': Restore(full, bands, norm, steered) if t == 'clear' and 'image' in sees else HEADS[t](full, classes, bands, norm) for t in drawn})
@@ -146,16 +147,17 @@ class SegCR(MultiTaskNet):
         x = torch.cat(list(streams.values()), 1)                                  # (B,bands+sar_bands,H,W)
         detail = None if self.stem is None else self.stem(x)                      # (B,detail,H,W)
         fused, impact, simulated = self.mix({k: self.view[k](s) for k, s in streams.items()}, x, detail)
-        fine = self.decoder(fused)
         found = {'cloud_impact': impact} if impact is not None else {}
-        out = {t: found[t] if t in found else self.draw(t, fine, x, detail, streams, impact) for t in self.tasks}
+        out = {t: found[t] if t in found else self.draw(t, fused, x, detail, streams, impact) for t in self.tasks}
         return out | self.extras(impact, simulated, x) if self.training else out
 
-    def draw(self, task: str, fine: Tensor, x: Tensor, detail: Tensor | None, streams: dict[str, Tensor], impact: Tensor | None) -> Tensor:
+    def draw(self, task: str, fused: list[Tensor], x: Tensor, detail: Tensor | None, streams: dict[str, Tensor], impact: Tensor | None) -> Tensor:
         "One map from the fused features."
         if task == 'mask' and self.label_grid != 1:
             x = _on_grid(x, self.label_grid)   # tells the size, no more
             detail = None if detail is None else _on_grid(detail, self.label_grid)
+        decoder = self.own[f'to_{task}'] if f'to_{task}' in self.own else self.decoder
+        fine = decoder(fused)
         near, head = self.full[f'to_{task}'](fine, x, detail), self.head[f'to_{task}']
         if task != 'clear': return head(near)
         return self.reflectance(head(near, streams['image'], impact) if 'image' in streams else head(near))

@@ -79,7 +79,7 @@ def _spread(x: Tensor, ok: Tensor) -> Tensor:
     return masked_mean(torch.where(ok, x - mean, 0).square(), ok).sqrt().clamp(min=1e-3)
 
 # %% ../../nbs/training/67_segcr.ipynb #685129f8
-WEIGHTS = {'clear': 5., 'cloud_impact': .5}  # by task; 1 for the others
+WEIGHTS = {'clear': 2., 'cloud_impact': .5}  # by task; 1 for the others
 FEATURES = 'aux_simulated_'                  # outputs that are simulated optical features begin so
 
 def _both(batch: Mapping[str, Tensor], *layers: str) -> Tensor | None:
