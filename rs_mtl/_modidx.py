@@ -8,6 +8,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'rs_mtl.apply.ablation._others': ('apply/ablation.html#_others', 'rs_mtl/apply/ablation.py'),
                                        'rs_mtl.apply.ablation._pupil': ('apply/ablation.html#_pupil', 'rs_mtl/apply/ablation.py'),
                                        'rs_mtl.apply.ablation._slug': ('apply/ablation.html#_slug', 'rs_mtl/apply/ablation.py'),
+                                       'rs_mtl.apply.ablation._std': ('apply/ablation.html#_std', 'rs_mtl/apply/ablation.py'),
                                        'rs_mtl.apply.ablation._stepper': ('apply/ablation.html#_stepper', 'rs_mtl/apply/ablation.py'),
                                        'rs_mtl.apply.ablation.costs': ('apply/ablation.html#costs', 'rs_mtl/apply/ablation.py'),
                                        'rs_mtl.apply.ablation.cover_curve': ('apply/ablation.html#cover_curve', 'rs_mtl/apply/ablation.py'),

@@ -65,8 +65,8 @@ ABLATIONS['dllr'] = Plan({
     'supervised': _dllr('supervised'),
     'mean teacher': _dllr('mean_teacher'),
     'cross pseudo-supervision': _dllr('cps'),
-    'fixmatch': _dllr('fixmatch'),
-    'unimatch': _dllr('unimatch'),
+    'fixmatch': _dllr('fixmatch', threshold=.8),
+    'unimatch': _dllr('unimatch', threshold=.8),
     'dllr': _dllr(),
     'dllr, nothing hidden': _dllr(masking=False, complementary=False),
     'dllr, joined by concat': _dllr(net={'complementary': False}),
@@ -191,18 +191,24 @@ def run_table(table: Mapping[str, Sequence[Mapping[str, Any]]],  # variant -> ne
     return [train_row(name, table[name], seed, data, folder, common, labels=share, **how) for seed, share, name in progress(todo, 'table')]
 
 def summary(rows: Sequence[Mapping[str, Any]],               # of a table
-            scores: Sequence[str] = ('miou', 'rmse')         # what to average
+            scores: Sequence[str] = ('miou', 'rmse'),        # what to average
+            baseline: str = ''                               # a variant from which differences are counted, seed by seed
            ) -> list[dict[str, Any]]:                        # a row per variant: mean and std of each score over the seeds
     "Means and standard deviations over the seeds; the deviation of one seed is unknown, not zero."
+    base = {(r.get('labels', ''), r['seed']): r for r in rows if r['variant'] == baseline}
     out: list[dict[str, Any]] = []
     for name, share in dict.fromkeys((r['variant'], r.get('labels', '')) for r in rows):
         mine = [r for r in rows if (r['variant'], r.get('labels', '')) == (name, share)]
         line: dict[str, Any] = {'variant': name, **({'labels': share} if share else {}), 'seeds': len(mine), 'params': mine[0]['params']}
         for s in scores:
             if not (values := [r[s] for r in mine if r.get(s) is not None]): continue   # what a test set cannot tell is not there
-            line |= {s: float(np.mean(values)), f'{s}_std': float(np.std(values, ddof=1)) if len(values) > 1 else math.nan}
+            line |= {s: float(np.mean(values)), f'{s}_std': _std(values)}
+            gains = [r[s] - b[s] for r in mine if r.get(s) is not None and (b := base.get((share, r['seed']), {})).get(s) is not None]
+            if gains and name != baseline: line |= {f'{s}_gain': float(np.mean(gains)), f'{s}_gain_std': _std(gains)}
         out.append(line)
     return out
+
+def _std(values: Sequence[float]) -> float: return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 def rows_of(path: str | Path                  # a result file of `rs-mtl ablate`
            ) -> list[dict[str, Any]]:         # rows as `run_table` gives them; none where there is no such file
