@@ -315,15 +315,12 @@ class Reassigner(Informed):
         rows = picked(mean, at).log_softmax(-1)
         price = self.transport('cells', rows, weight*picked(uniform, at)[..., 0], self.region_price)
         told = (mean + self.guarded(price[None])[0].to(mean.dtype)[:, None, None]).log_softmax(1)
-        advised = blended(scores, told, uniform, self.cell, self.region)
-        if not (self.guard and self.tiles): return advised
-        need = self.need
-        return torch.where((need[advised.argmax(1)] < need[scores.argmax(1)])[:, None], scores, advised)   # a pixel leaves a class only for one that is needed more
+        return blended(scores, told, uniform, self.cell, self.region)
 
     def assign(self, scores: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         if not seen.numel(): return scores, scores
         at, weight = spread(seen, self.sample)
-        scores = (scores + self.bias.float()[:, None, None]).log_softmax(1)
+        plain = scores = (scores + self.bias.float()[:, None, None]).log_softmax(1)
         self.remember(rows := picked(scores, at), weight)
         offset = torch.zeros_like(rows[:, 0], dtype=torch.float64)
         if 'tile' in self.levels and self.tile:
@@ -332,4 +329,7 @@ class Reassigner(Informed):
         if 'region' in self.levels and self.region: scores = self.advised(scores, seen)
         price = self.transport('pixels', picked(scores, at), weight, self.price)
         shifted = scores + (self.guarded(offset + price) - offset).float()[:, :, None, None]
+        if self.guard and self.tiles:       # a region's advice, too, takes a pixel from a class only for one that is needed more
+            need = self.need
+            shifted = torch.where((need[shifted.argmax(1)] < need[plain.argmax(1)])[:, None], plain, shifted)
         return shifted, torch.where(seen[:, None], (shifted/self.eps).softmax(1), 0)

@@ -170,9 +170,9 @@ def sweep(p: Pixels, h: Tensor, eps: float, ties: bool, move: bool, wide: bool) 
         held = z if w is None else z*w
         masses.append(held.sum((1, 2, 3)))
         if ties: grams.append(held.reshape(p.classes, -1) @ z.reshape(p.classes, -1).T)
-    total = lambda x, *shape: torch.stack(x).double().sum(0) if x else torch.zeros(shape, dtype=torch.float64, device=p.scores.device)
+    added = lambda x, *shape: torch.stack(x).double().sum(0) if x else torch.zeros(shape, dtype=torch.float64, device=p.scores.device)
     fine = not low or bool((torch.stack(low).amin() > 2.**-100) & (torch.stack(high).amax() < 2.**100))
-    return torch.cat([total(masses, p.classes), total(grams, p.classes, p.classes).flatten(), total(checks).view(1)]), fine
+    return torch.cat([added(masses, p.classes), added(grams, p.classes, p.classes).flatten(), added(checks).view(1)]), fine
 
 def visit(p: Pixels,
           h: np.ndarray,            # (C,) what is added to scores/eps
