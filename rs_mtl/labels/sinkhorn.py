@@ -80,7 +80,7 @@ KINDS: dict[str, type[Equal]] = {'equal': Equal, 'kl': Relaxed, 'upper': Upper}
 # %% ../../nbs/labels/40_sinkhorn.ipynb #a0c51d4c
 BITS = 1/math.log(2)                        # powers of 2 are cheaper than powers of e
 NARROW, FLOOR = 90., -86.                   # exponents of 2: up to here none needs a shift; what is less, in a row whose largest is 0, counts as this
-BLOCK = {'cpu': (1 << 14, 3 << 16), 'cuda': (1 << 22, 1 << 24)}     # numbers in a block, at least and at most
+BLOCK = {'cpu': (1 << 14, 1 << 17), 'cuda': (1 << 22, 1 << 24)}     # numbers in a block, at least and at most
 
 def working_type(x: Tensor) -> torch.dtype:
     "What is computed in: float32, and float64 for float64."
@@ -227,19 +227,22 @@ class Sample:
                  device: torch.device | str = 'cpu'):   # where they do
         x -= x.max(0)
         self.x, self.weight, self.scale, self.group, self.device = x, weight, scale, group, device
-        self.plan, self.held, self.eps, self.visits = x, np.zeros(0), 0., 0     # a plan up to its row sums; its h and eps
+        self.plan, self.eps, self.visits = np.empty_like(x), 0., 0
+        self.first = self.held = np.zeros(0)        # h of the last exponentials, and of the plan as it stands
 
     def visit(self, h: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]: # masses (C,), ties (C,C)
         "Masses and ties; a plan is moved as long as that is exact."
-        if self.eps != eps or np.ptp(h - self.held) >= 20:
-            with np.errstate(over='ignore'): z = self.x/eps
+        z = self.plan
+        if self.eps != eps or (self.x.size and np.ptp(h - self.first) >= 20):
+            with np.errstate(over='ignore'): np.divide(self.x, eps, out=z)
             z += h.astype(z.dtype)[:, None]
             z -= z.max(0)
-            np.maximum(z, FLOOR/BITS, out=z)
-            self.plan, self.held, self.eps = np.exp(z, out=z), h, eps
-        factor = np.exp(h - self.held)
-        share = self.plan/(factor.astype(self.plan.dtype) @ self.plan)
-        ties = (share if self.weight is None else share*self.weight) @ share.T*(self.scale*factor*factor[:, None])
+            np.exp(np.maximum(z, FLOOR/BITS, out=z), out=z)
+            self.first, self.eps = h, eps
+        else: z *= np.exp(np.maximum(h - self.held - (h - self.held).max(), -80)).astype(z.dtype)[:, None]
+        z /= z.sum(0)
+        self.held = h
+        ties = ((z if self.weight is None else z*self.weight) @ z.T).astype(np.float64)*self.scale
         if self.group is not None:
             sums = torch.from_numpy(ties).to(self.device)
             torch.distributed.all_reduce(sums, group=self.group)
@@ -349,6 +352,7 @@ def solve(full: Pixels, small: Sample | None, aim: Equal, h: np.ndarray, eps: fl
     at = Climb(h, h, 0.)
     if small is not None:
         at = search(small, aim, h, eps, max(tol, 1e-3), 100, spread, warm)
+        small.x = small.x[:, :0].copy()         # from now on it guides, and its plan is only moved
     return search(full, aim, at.h, eps, tol, most, spread, warm or small is not None, small)
 
 # %% ../../nbs/labels/40_sinkhorn.ipynb #3633e103
