@@ -4,10 +4,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rs_mtl.core import IGNORE, ConfigError, DataError, LabelError
 from rs_mtl.labels.assigners import ASSIGNERS, create_assigner
-from rs_mtl.labels.reassignment import Memory, Reassigner, regions, spread, tile_prior
+from rs_mtl.labels.reassignment import Memory, Reassigner, held, regions, spread, tile_prior
 
 C = 4
 
@@ -276,7 +278,7 @@ def test_the_mix_of_a_tile_is_found():
     assert float(w[0, 1]) == pytest.approx(.9, abs=.03) and s.exp().mean(1)[0, 1] < .82
 
 
-@pytest.mark.parametrize('bad', [dict(levels='all'), dict(eps=0), dict(strength=0), dict(trust=-1), dict(memory=0), dict(cell=1), dict(region=2), dict(floor=0), dict(tile=2), dict(threshold=2), dict(laplace=0)])
+@pytest.mark.parametrize('bad', [dict(levels='all'), dict(eps=0), dict(strength=0), dict(trust=-1), dict(memory=0), dict(cell=1), dict(region=2), dict(floor=0), dict(tile=2), dict(threshold=2), dict(laplace=0), dict(doubt=0)])
 def test_options_out_of_range_are_refused(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))): Reassigner(C, **bad)
 
@@ -290,3 +292,45 @@ def test_bad_input_is_refused():
     with pytest.raises(ConfigError, match='valid of shape'): a(z, torch.ones(3, 1, 40, 39, dtype=torch.bool))
     with pytest.raises(ConfigError, match='valid of shape'): a(z, torch.ones(3, 1, 40, 40))
     with pytest.raises(ConfigError, match='logits'): a.observe(scene()[0], z[..., :20])
+
+
+# ---- the guard ----
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10_000), classes=st.integers(1, 9), equal=st.booleans())
+def test_guarded_offsets_rise_with_the_need_and_no_faster(seed, classes, equal):
+    g = torch.Generator().manual_seed(seed)
+    offset, need = 3*torch.randn(4, classes, generator=g, dtype=torch.float64), torch.randn(classes, generator=g, dtype=torch.float64)
+    if equal and classes > 1: need[1] = need[0]
+    found = held(offset, need)
+    difference, allowed = found[:, :, None] - found[:, None], need[:, None] - need
+    assert (difference*allowed >= -1e-9).all() and (difference.abs() <= allowed.abs() + 1e-9).all()
+    inside = torch.rand(4, 1, generator=g, dtype=torch.float64)*need                    # what keeps to the rule stays
+    torch.testing.assert_close(held(inside, need).diff(dim=1), inside.diff(dim=1))
+    order = torch.randperm(classes, generator=g)
+    if not equal: torch.testing.assert_close(held(offset[:, order], need[order]).diff(dim=1), found[:, order].diff(dim=1))
+
+def over_eager(n: int, seed: int):
+    "A scene, and logits of a net that likes class 2 too much."
+    truth, z = scene(n, seed=seed)
+    return truth, z + 1.5*F.one_hot(torch.tensor(2), C)[:, None, None]
+
+def test_a_class_that_is_given_too_often_is_not_given_more():
+    a, free = taught(), taught(guard=False)
+    for i in range(8):
+        truth, z = over_eager(8, i)
+        got, without, best = a(z).labels, free(z).labels, z.argmax(1)
+    assert a.need.argmin() == 2
+    assert not ((got == 2) & (best != 2)).any()                 # nobody moves to the class that is least needed
+    assert ((without == 2) & (best != 2)).any()                 # without the guard some do
+    right = lambda x: float((x == truth).float().mean())
+    assert right(got) > right(best) - .005
+
+def test_without_labelled_pixels_there_is_no_guard_and_with_few_tiles_hardly_a_change():
+    truth, z = scene(seed=5)
+    a, free = Reassigner(C), Reassigner(C, guard=False)
+    assert torch.equal(a(z).labels, free(z).labels)
+    few, many = taught(doubt=1e6), taught(doubt=1e-6)
+    few(z); many(z)
+    assert few.need.abs().max() < 1e-3 < many.need.abs().max()
+    assert (few(z).labels == z.argmax(1)).float().mean() > .99

@@ -14,7 +14,7 @@ from scipy.optimize import linprog, minimize
 
 from rs_mtl.core import IGNORE, ConfigError, DataError
 from rs_mtl.labels import sinkhorn as module
-from rs_mtl.labels.sinkhorn import Equal, NotConverged, Pixels, Relaxed, Upper, planar, sinkhorn, solve_flow, visit
+from rs_mtl.labels.sinkhorn import Equal, NotConverged, Pixels, Relaxed, Upper, planar, sinkhorn, solve_flow, strided, visit
 
 FAST = settings(max_examples=25, deadline=None)
 SEEDS, EPS = st.integers(0, 10_000), st.sampled_from([.02, .05, .3, 1., 5.])
@@ -166,6 +166,73 @@ def test_a_plan_that_is_moved_is_the_plan_that_is_computed(far):
     want = torch.softmax(scores.double()/.5 + torch.tensor([0., 0, far, -far]), 1)
     torch.testing.assert_close(out.double(), want, atol=1e-4, rtol=0)
     np.testing.assert_allclose(mass, want.mean(0), atol=1e-5)
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize('weighted', [False, True])
+def test_the_shift_of_rows_changes_nothing_but_the_range(dtype, weighted):
+    scores, _ = problem(0, n=5000, classes=6, dtype=dtype)
+    h = np.linspace(-3, 3, 6)
+    weight = (torch.rand(1, 5000, 1, generator=torch.Generator().manual_seed(0)) - .3).clamp(min=0) if weighted else None
+    for ties in (False, True):
+        free, shifted = (visit(p := Pixels(planar(scores), weight, largest=m), h, .2, ties) for m in (float(scores.abs().max()), float('inf')))
+        assert p.largest == float('inf')
+        for a, b in zip(free, shifted): np.testing.assert_allclose(a, b, atol=1e-6)
+
+@pytest.mark.parametrize('row,again', [([400., 399.9, 300.], True), ([-400., -399.9, -500.], True), ([90., -90., 0.], True), ([15., -15., 0.], False)])
+def test_a_row_that_leaves_the_range_of_its_sample_is_computed_again(row, again):
+    scores, _ = problem(0, n=4000, classes=3, dtype=torch.float32)
+    scores[1234] = torch.tensor(row)
+    pixels = Pixels(planar(scores), out=planar(out := torch.empty_like(scores)), largest=6.)
+    mass, _ = visit(pixels, np.array([.5, 0, -.5]), .25)
+    want = torch.softmax(scores.double()/.25 + torch.tensor([.5, 0, -.5]), 1)
+    torch.testing.assert_close(out.double(), want, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(mass, want.mean(0), atol=1e-6)
+    assert pixels.visits == 1 and (pixels.largest == float('inf')) == again
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf')])
+def test_fault_33_scores_that_are_not_finite_are_found_without_a_shift_too(bad):
+    scores = torch.rand(30_000, 4, generator=torch.Generator().manual_seed(0))
+    scores[29_998, 1] = bad
+    with pytest.raises(DataError, match='class 1, pixel 29998'): sinkhorn(scores, [.1, .2, .3, .4])
+
+@FAST
+@given(seed=SEEDS, scale=st.sampled_from([.1, 1., 100.]), weighted=st.booleans())
+def test_a_sample_of_all_pixels_tells_what_they_tell(seed, scale, weighted):
+    scores, prior = problem(seed, scale=scale)
+    weight = torch.rand(1, len(scores), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + .1 if weighted else None
+    all_of_them = Pixels(planar(scores), weight)
+    sample = module.Sample(*strided(planar(scores), weight, None))
+    for h in (np.zeros(len(prior)), prior.numpy(), 60*prior.numpy(), -prior.numpy()):
+        for a, b in zip(sample.visit(h, .3), visit(all_of_them, h, .3, True)): np.testing.assert_allclose(a, b, atol=1e-9)
+
+@pytest.mark.parametrize('name', ['image', 'images', 'rows', 'crop', 'channels_last'])
+def test_a_sample_is_every_so_manieth_pixel_in_any_layout(name):
+    x = torch.randn(3 if name == 'images' else 1, 5, 130, 301, generator=torch.Generator().manual_seed(0))
+    weight = (torch.arange(x[:, 0].numel()) % 3).view(x[:, 0].shape)
+    flat = x.transpose(0, 1).reshape(5, -1)
+    x = {'rows': lambda: planar(flat.t().contiguous()), 'crop': lambda: torch.nn.functional.pad(x, (1, 2, 3, 0))[..., 3:, 1:-2],
+         'channels_last': lambda: x.to(memory_format=torch.channels_last)}.get(name, lambda: x)()
+    step = flat.shape[1]//module.SAMPLE | 1
+    got, none = strided(x, None, None)
+    assert none is None and np.array_equal(got, flat[:, ::step])
+    got, w = strided(x, weight if name != 'rows' else weight.reshape(1, -1, 1), [0, 3])
+    alive = weight.flatten()[::step] > 0
+    assert np.array_equal(got, flat[[0, 3], ::step][:, alive]) and np.array_equal(w, weight.flatten()[::step][alive])
+
+@pytest.mark.parametrize('seed', range(4))
+def test_millimetre_work_is_done_on_the_sample(seed):
+    "Two passes over all pixels reach 1e-3, three or four 1e-6."
+    g = torch.Generator().manual_seed(seed)
+    scores, prior = 2*torch.rand(1, 7, 400, 500, generator=g) - 1, torch.rand(7, generator=g, dtype=torch.float64) + .1
+    assert sinkhorn(scores, prior/prior.sum(), .05, 1e-3).passes <= 3 and sinkhorn(scores, prior/prior.sum(), .05, 1e-6).passes <= 4
+
+def test_a_large_plan_lies_as_torch_would_lay_it(tmp_path):
+    scores = torch.rand(1, 4, 600, 500)
+    plan = sinkhorn(scores, [.25]*4, .1, 1e-4).assignment
+    assert plan.data_ptr() % 64 == 0 and plan.is_contiguous() and plan.untyped_storage().nbytes() == 4*plan.numel()
+    torch.save(plan, tmp_path/'plan.pt')
+    assert torch.equal(torch.load(tmp_path/'plan.pt', weights_only=True), plan)
+    assert sinkhorn(scores.double(), [.25]*4, .1, 1e-4).assignment.dtype == torch.float64
 
 @FAST
 @given(seed=SEEDS)

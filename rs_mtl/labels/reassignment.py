@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'Assigned', 'checked', 'decided', 'spread', 'picked', 'Memory', 'cell_mean', 'regions', 'blended',
-           'tile_prior', 'Assigner', 'settle', 'Informed', 'Reassigner']
+           'tile_prior', 'held', 'Assigner', 'settle', 'Informed', 'Reassigner']
 
 # %% ../../nbs/labels/41_reassignment.ipynb #4283af8e
 import math
@@ -142,6 +142,19 @@ def tile_prior(rows: Tensor,        # (B,n,C) sampled scores
         w = (q + hold*b)/(q.sum(1, keepdim=True) + hold)
     return w
 
+# %% ../../nbs/labels/41_reassignment.ipynb #b2d5f8c3
+def held(offset: Tensor,   # (B,C) what is to be added to the scores of each class
+         need: Tensor      # (C,) how much each class is missing
+        ) -> Tensor:       # (B,C)
+    "The nearest offsets that rise with the need, cut to rise no faster than it does."
+    order = need.argsort(stable=True)
+    x, i = offset[:, order], torch.arange(len(need), device=need.device)
+    sums, after = F.pad(x.cumsum(1), (1, 0)), i < i[:, None]
+    mean = (sums[:, None, 1:] - sums[:, :-1, None])/(i - i[:, None] + 1).clamp(min=1)      # [:, i, j]: of places i to j
+    least = mean.masked_fill(after, math.inf).flip(2).cummin(2).values.flip(2)              # over all ends behind
+    rising = least.masked_fill(after, -math.inf).amax(1)                                    # over all starts before
+    return F.pad(rising.diff(dim=1).minimum(need[order].diff()).cumsum(1), (1, 0))[:, order.argsort()]
+
 # %% ../../nbs/labels/41_reassignment.ipynb #584c135e
 LEVELS = {'pixel': ('pixel',), 'multi': ('pixel', 'tile', 'region', 'memory')}
 
@@ -207,6 +220,7 @@ class Informed(Assigner):
     "What reassignment knows: the class shares to come, and how the net errs on labelled pixels."
     moving: Tensor
     seen_tiles: Tensor
+    given: Tensor
     bias: Tensor
     price: Tensor
     region_price: Tensor
@@ -222,17 +236,20 @@ class Informed(Assigner):
                  region: float = .25,            # weight of a region's advice, at most
                  floor: float = .1,              # share of the anchor in the prior
                  tile: float = .2,               # 0..1: how far each tile's own mix, by EM, is followed
+                 guard: bool = True,             # whether labels change only towards classes that the labelled pixels say are missing
+                 doubt: float = 16.,             # tiles that must be seen before that is half believed
                  threshold: float = 0.,          # least confidence of a label; below it a pixel gets 255
                  laplace: float = .01):          # tiles of evenly mixed classes that the anchor starts from
         super().__init__(classes, threshold, laplace)
         if levels not in LEVELS: raise ConfigError(f'levels={levels!r}', f'one of {", ".join(LEVELS)}')
         for name, value, least, most in (('eps', eps, 1e-3, 100), ('strength', strength, 1e-3, 1e3), ('trust', trust, 0, 1e3), ('memory', memory, 1, 1e6), ('sample', sample, 1, 1e6),
-                                         ('cell', cell, 2, 1024), ('region', region, 0, 1), ('floor', floor, 1e-6, 1), ('tile', tile, 0, 1)):
+                                         ('cell', cell, 2, 1024), ('region', region, 0, 1), ('floor', floor, 1e-6, 1), ('tile', tile, 0, 1), ('doubt', doubt, 1e-6, 1e6)):
             if not least <= value <= most: raise ConfigError(f'{name}={value}', f'{least:g} to {most:g}')
         self.levels, self.eps, self.strength, self.trust, self.sample = LEVELS[levels], eps, strength, trust, sample
-        self.cell, self.region, self.floor, self.tile, self.horizon = cell, region, floor, tile, memory
+        self.cell, self.region, self.floor, self.tile, self.horizon, self.guard, self.doubt = cell, region, floor, tile, memory, guard, doubt
         for name in ('bias', 'price', 'region_price'): self.register_buffer(name, torch.zeros(classes, dtype=torch.float64))
         self.register_buffer('moving', torch.full((classes,), 1/classes, dtype=torch.float64))
+        self.register_buffer('given', torch.full((classes,), 1/classes, dtype=torch.float64))
         self.register_buffer('seen_tiles', torch.zeros((), dtype=torch.float64))
         self.labelled = Memory(memory, sample, classes)
         if 'memory' in self.levels: self.pixels, self.cells = Memory(memory, sample, classes), Memory(memory, sample, classes)
@@ -243,13 +260,25 @@ class Informed(Assigner):
         if not self.seen_tiles: return self.anchor
         return (1 - self.floor)*self.moving + self.floor*self.anchor
 
+    @property
+    def need(self) -> Tensor: # (C,) float64
+        "How much more there is of a class in the labelled pixels than among the net's best classes, as a log ratio; near 0 as long as few tiles are seen."
+        n = self.seen_tiles.clamp(max=self.horizon)
+        return (self.anchor*(n + self.doubt)/(self.given*n + self.anchor*self.doubt)).log()
+
+    def guarded(self, offset: Tensor) -> Tensor: # (B,C), also comes out
+        "Offsets of the classes that labelled pixels do not speak against."
+        return held(offset, self.need) if self.guard and self.tiles else offset
+
     def remember(self, rows: Tensor, weight: Tensor) -> None: # (B,n,C), (B,n)
-        "Move the estimate of the class shares."
+        "Move the estimates of the class shares: by probability, and by best class."
         tiles = weight.mean(1).sum().double()
         if not tiles: return
-        share = (rows.double().softmax(-1)*weight[..., None]).sum((0, 1))/weight.sum().double()
+        mean = lambda x: (x.double()*weight[..., None]).sum((0, 1))/weight.sum().double()
         self.seen_tiles += tiles
-        self.moving.lerp_(share, float((tiles/self.seen_tiles.clamp(max=self.horizon)).clamp(max=1)))
+        pace = float((tiles/self.seen_tiles.clamp(max=self.horizon)).clamp(max=1))
+        self.moving.lerp_(mean(rows.double().softmax(-1)), pace)
+        self.given.lerp_(mean(F.one_hot(rows.argmax(-1), self.classes)), pace)
 
     def compare(self, labels: Tensor, logits: Tensor, known: Tensor) -> None:
         "The prices that carry the net's answers on labelled pixels over to the true shares."
@@ -285,18 +314,22 @@ class Reassigner(Informed):
         at, weight = spread(some, self.sample)
         rows = picked(mean, at).log_softmax(-1)
         price = self.transport('cells', rows, weight*picked(uniform, at)[..., 0], self.region_price)
-        told = (mean + price.to(mean.dtype)[:, None, None]).log_softmax(1)
+        told = (mean + self.guarded(price[None])[0].to(mean.dtype)[:, None, None]).log_softmax(1)
         return blended(scores, told, uniform, self.cell, self.region)
 
     def assign(self, scores: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         if not seen.numel(): return scores, scores
         at, weight = spread(seen, self.sample)
-        scores = (scores + self.bias.float()[:, None, None]).log_softmax(1)
+        plain = scores = (scores + self.bias.float()[:, None, None]).log_softmax(1)
         self.remember(rows := picked(scores, at), weight)
+        offset = torch.zeros_like(rows[:, 0], dtype=torch.float64)
         if 'tile' in self.levels and self.tile:
-            offset = self.tile*(tile_prior(rows, weight, self.prior)/self.prior).log()
+            offset = self.guarded(self.tile*(tile_prior(rows, weight, self.prior)/self.prior).log())
             scores = (scores + offset.float()[:, :, None, None]).log_softmax(1)
         if 'region' in self.levels and self.region: scores = self.advised(scores, seen)
         price = self.transport('pixels', picked(scores, at), weight, self.price)
-        shifted = scores + price.float()[:, None, None]
+        shifted = scores + (self.guarded(offset + price) - offset).float()[:, :, None, None]
+        if self.guard and self.tiles:       # a region's advice, too, takes a pixel from a class only for one that is needed more
+            need = self.need
+            shifted = torch.where((need[shifted.argmax(1)] < need[plain.argmax(1)])[:, None], plain, shifted)
         return shifted, torch.where(seen[:, None], (shifted/self.eps).softmax(1), 0)
