@@ -111,5 +111,5 @@ def test_height_can_be_read_twice_as_well_as_from_the_class_alone():
 def test_the_learned_impact_map_finds_what_masks_and_rules_do_not():
     found = answer('cloud_impact')
     assert min(found['AUROC of SegCR, all skies'], found['AUROC of SegCR, mixed clouds']) >= .95 and found['mean of SegCR on clear scenes'] <= .03
-    assert found['AUROC of the best rule under its worst sky'] < .7
+    assert found['AUROC of the best rule under its worst sky'] < .6
     for sky in ('haze', 'shadow only'): assert found[f'mean error of the share of SegCR, {sky}'] < .5*min(found[f'mean error of the share of {net}, {sky}'] for net in ('U-Net, cloud mask', 'U-Net, loss mask'))
