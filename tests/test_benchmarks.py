@@ -16,6 +16,8 @@ SMALL = {  # a new benchmark joins with a line
     'sinkhorn': dict(sizes='20000,32000', wide=10000, threads='1', repeats=2, most=64),
     'reassignment': dict(size=48, few=4, many=8, test_scenes=8, steps=4, long=4, speed_size=64),
     'transfer': dict(scenes=4, city_steps=2, steps=2, seeds=1),
+    'cloud_impact': dict(size=64, scenes=16, test_scenes=2, steps=4, seeds=1),
+    'segcr_real': dict(scenes=4, land_steps=2, tune=2, steps=2, seeds=1, batch_size=2),
     'reading': dict(pixels=600, sizes='128', dtypes='uint8', workers='0', seconds=.05, rounds=1, warm=8, steps=2, step_size=64),
 }
 
@@ -33,7 +35,45 @@ def plots(folder):
     return folder
 
 
-FILES = {'transfer': plots}  # benchmarks that read files: what makes some
+def series(path, variables, side, dates=8):
+    "A year of a site, as netCDF."
+    import numpy as np
+    from scipy.io import netcdf_file
+    with netcdf_file(path, 'w') as f:
+        for name, n in (('timestamp', dates), ('y', side), ('x', side)): f.createDimension(name, n)
+        times = f.createVariable('timestamp', 'i', ('timestamp',))
+        times[:], times.units = np.arange(dates)*432000, 'seconds since 2019-08-01 10:30:00'
+        for name, values in variables.items():
+            v = f.createVariable(name, 'i', ('timestamp', 'y', 'x'))
+            v[:], v._FillValue, v.scale_factor = values, 0, 1. if name == 'SCL' else 1e-4
+
+
+def clouded_places(folder):
+    "Triplets, series and pairs before a flood, as the benchmark of real clouds expects them."
+    import numpy as np
+    import rasterio
+    rng = np.random.default_rng(0)
+    def picture(path, values, **kwargs):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with rasterio.open(path, 'w', height=values.shape[1], width=values.shape[2], count=len(values), dtype=values.dtype, **kwargs) as f: f.write(values)
+    for place in ('ROIs1_fall_1_p1', 'ROIs2_fall_2_p2'):
+        for layer, values in (('s1', rng.normal(-14, 3, (2, 64, 64)).astype('float32')), ('s2_cloudy', rng.integers(500, 7000, (13, 64, 64)).astype('uint16')), ('s2_cloudfree', rng.integers(500, 3000, (13, 64, 64)).astype('uint16'))):
+            picture(folder/'sen12mscr'/layer/f'{place}.tif', values, driver='GTiff')
+    for site in ('A', 'B', '2021_TZA_1'):
+        (place := folder/'worldcereal'/site).mkdir(parents=True)
+        def bands(names, side): return {n: rng.integers(300, 6000, (8, side, side)) for n in names}
+        scl = np.full((8, 32, 32), 4)
+        scl[1::2, :20] = 9                                      # every second date is cloudy
+        series(place/'S2_L2A_20m.nc', bands(('B05', 'B06', 'B07', 'B8A', 'B11', 'B12'), 32) | {'SCL': scl}, 32)
+        series(place/'S1_20m.nc', {n: rng.integers(-200000, -80000, (8, 32, 32)) for n in ('VV', 'VH')}, 32)
+        if site == 'A': series(place/'S2_L2A_10m.nc', bands(('B02', 'B03', 'B04', 'B08'), 64), 64)
+    for part in ('train', 'test'):
+        for number in ('0001', '0002'):
+            for sensor, n in (('S1', 1), ('S2', 3)): picture(folder/'ombria'/f'Ombria{sensor}'/part/'BEFORE'/f'{sensor}_before_{number}.png', rng.integers(1, 200, (n, 128, 128)).astype('uint8'), driver='PNG')
+    return folder
+
+
+FILES = {'transfer': plots, 'segcr_real': clouded_places}  # benchmarks that read files: what makes some
 
 
 def check(result, name):
@@ -67,3 +107,9 @@ def test_two_sensors_know_more_than_one():
 
 def test_height_can_be_read_twice_as_well_as_from_the_class_alone():
     assert answer('city')['height RMSE of the net over the mean of the predicted class'] <= .5
+
+def test_the_learned_impact_map_finds_what_masks_and_rules_do_not():
+    found = answer('cloud_impact')
+    assert min(found['AUROC of SegCR, all skies'], found['AUROC of SegCR, mixed clouds']) >= .95 and found['mean of SegCR on clear scenes'] <= .03
+    assert found['AUROC of the best rule under its worst sky'] < .6
+    for sky in ('haze', 'shadow only'): assert found[f'mean error of the share of SegCR, {sky}'] < .5*min(found[f'mean error of the share of {net}, {sky}'] for net in ('U-Net, cloud mask', 'U-Net, loss mask'))

@@ -197,6 +197,15 @@ class SegCR(MultiTaskNet):
             levels = self.view['image'](pad_to(self.normalise['image'](clear, valid), self.multiple))
         return {k: f[..., :clear.shape[-2], :clear.shape[-1]] for k, f in self.named(levels).items()}
 
+    @torch.no_grad()
+    def from_radar(self, batch: dict[str, Tensor] # its `sar` is looked at
+                  ) -> Tensor:                    # (B,bands,H,W), the clear image
+        "What radar alone paints: an answer to compare the restored image with."
+        if self.translate is None or self.simulated is None: raise ConfigError('the image that radar alone paints, of a net without translation', 'translation=True and both sensors', 'build the net with them')
+        x = self._stream('sar', batch)
+        painted = self.reflectance(self.simulated(self.translate(self.view['sar'](x)), x))
+        return painted[..., :batch['sar'].shape[-2], :batch['sar'].shape[-1]]
+
     def set_stats(self, stats: dict[str, tuple[Sequence[float], Sequence[float]]]) -> None: # layer -> (mean, std), a number per band
         "Take over the statistics of the training data; those of the image also where radar alone paints it."
         if 'image' in self.normalise and 'image' not in stats: raise ConfigError(f'statistics for {sorted(stats)}', 'for image, too', 'the clear image comes out in its units')
