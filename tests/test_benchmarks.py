@@ -16,6 +16,7 @@ SMALL = {  # a new benchmark joins with a line
     'sinkhorn': dict(sizes='20000,32000', wide=10000, threads='1', repeats=2, most=64),
     'reassignment': dict(size=48, few=4, many=8, test_scenes=8, steps=4, long=4, speed_size=64),
     'transfer': dict(scenes=4, city_steps=2, steps=2, seeds=1),
+    'scene': dict(pixels=200, real_pixels=160, tile=64, encoder='mobilenetv3_small_050', width=8, rounds=1, real_rounds=1, sides='100,200', column=80),
     'reading': dict(pixels=600, sizes='128', dtypes='uint8', workers='0', seconds=.05, rounds=1, warm=8, steps=2, step_size=64),
 }
 

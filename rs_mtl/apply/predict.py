@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['NODATA', 'tile_starts', 'blend_weights', 'fold_batch_norm', 'entropy', 'predict_sample', 'most_likely',
-           'predict_scene']
+           'predict_scene', 'kept_memory']
 
 # %% ../../nbs/apply/70_predict.ipynb #b2c6b108
-import copy, math, warnings
+import copy, ctypes, math, warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -311,6 +311,7 @@ def predict_scene(net: nn.Module,                              # from batch dict
     fold = fold and where.type == 'cpu' and len(windows) > 8 and bool(getattr(net, 'config', None))
     with ExitStack() as stack, bar:
         stack.enter_context(_cache(scene, inputs, tile))
+        stack.enter_context(kept_memory())
         writer = _Writer(stack, Path(out_dir), scene, net)
         reader = stack.enter_context(ThreadPoolExecutor(1, 'rs_mtl-read'))
         waiting: list[tuple[int, dict[str, Tensor]]] = []
@@ -342,7 +343,20 @@ def _send(writer: _Writer, row: int, maps: dict[str, Tensor], valid: np.ndarray,
     writer.put(row, maps, valid)
 
 def _cache(scene: Scene, inputs: Sequence[str], tile: int) -> Any:
-    "GDAL keeps the blocks of two rows of windows and no more, so that memory follows the width."
+    "GDAL keeps the blocks of two rows of windows and those that are being written, and no more, so that memory follows the width."
     import rasterio
-    pixel = sum(len(scene.layers[n].bands)*np.dtype(scene.layers[n].dtype).itemsize for n in inputs) + 32
-    return rasterio.Env(GDAL_CACHEMAX=max(64 << 20, math.ceil(pixel*scene.shape[1]*(tile + 1024))))
+    pixel = sum(len(scene.layers[n].bands)*np.dtype(scene.layers[n].dtype).itemsize for n in inputs)
+    return rasterio.Env(GDAL_CACHEMAX=max(64 << 20, math.ceil(scene.shape[1]*(pixel*(tile + 1024) + 32*512))))
+
+# %% ../../nbs/apply/70_predict.ipynb #47082933
+_TRIM, _MMAP, _USUAL = -1, -3, 32 << 20  # of glibc: its names for the two thresholds, and how high it lets the second rise by itself
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    "Blocks that are freed stay with the process, for the next layer."
+    try: libc = ctypes.CDLL('libc.so.6')
+    except OSError: libc = None  # not glibc
+    if libc: libc.mallopt(_MMAP, 1 << 30); libc.mallopt(_TRIM, 1 << 30)
+    try: yield
+    finally:
+        if libc: libc.mallopt(_MMAP, _USUAL); libc.mallopt(_TRIM, 2*_USUAL); libc.malloc_trim(0)
