@@ -68,3 +68,8 @@ def test_two_sensors_know_more_than_one():
 
 def test_height_can_be_read_twice_as_well_as_from_the_class_alone():
     assert answer('city')['height RMSE of the net over the mean of the predicted class'] <= .5
+
+def test_a_whole_scene_is_mapped_at_nearly_the_speed_of_the_net_in_memory_that_follows_the_width():
+    found = answer('scene')
+    assert found['share of the speed of the net on ready windows'] >= .9 and found['memory at 6000 wide, 24000 high over 6000 high'] <= 1.2
+    assert min(found[f'times as fast as the best alternative, file to file, {net} net'] for net in ('free', 'real')) >= 1
