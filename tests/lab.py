@@ -17,6 +17,8 @@ import pytest
 
 BROWSER = next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
 FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
+SETTINGS = {'notebook-extension/tracker': {'windowingMode': 'none'},  # cells that are out of sight stay on the page
+            'apputils-extension/notification': {'fetchNews': 'false', 'checkForUpdates': False}}  # no question about news lies over the page
 needs_browser = pytest.mark.skipif(BROWSER is None, reason='no Chromium on this machine: install the package chromium to run the browser tests')
 
 
@@ -33,6 +35,10 @@ def lab(tmp_path):
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     scratch = {k: str(tmp_path/k.lower()) for k in ('JUPYTER_CONFIG_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_RUNTIME_DIR', 'IPYTHONDIR')}
+    for plugin, values in SETTINGS.items():
+        file = tmp_path/'jupyter_config_dir'/'lab'/'user-settings'/'@jupyterlab'/f'{plugin}.jupyterlab-settings'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values))
     command = [sys.executable, '-m', 'jupyterlab', '--allow-root', '--no-browser', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', "--IdentityProvider.token=", '--ServerApp.password=',
                '--LabApp.news_url=None', '--LabApp.expose_app_in_browser=True', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', f'--ServerApp.root_dir={tmp_path}']
     server = subprocess.Popen(command, env=os.environ | scratch, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

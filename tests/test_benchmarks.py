@@ -18,6 +18,7 @@ SMALL = {  # a new benchmark joins with a line
     'transfer': dict(scenes=4, city_steps=2, steps=2, seeds=1),
     'cloud_impact': dict(size=64, scenes=16, test_scenes=2, steps=4, seeds=1),
     'segcr_real': dict(scenes=4, land_steps=2, tune=2, steps=2, seeds=1, batch_size=2),
+    'scene': dict(pixels=200, real_pixels=160, tile=64, encoder='mobilenetv3_small_050', width=8, rounds=1, real_rounds=1, sides='100,200', column=80),
     'reading': dict(pixels=600, sizes='128', dtypes='uint8', workers='0', seconds=.05, rounds=1, warm=8, steps=2, step_size=64),
 }
 
@@ -113,3 +114,8 @@ def test_the_learned_impact_map_finds_what_masks_and_rules_do_not():
     assert min(found['AUROC of SegCR, all skies'], found['AUROC of SegCR, mixed clouds']) >= .95 and found['mean of SegCR on clear scenes'] <= .03
     assert found['AUROC of the best rule under its worst sky'] < .6
     for sky in ('haze', 'shadow only'): assert found[f'mean error of the share of SegCR, {sky}'] < .5*min(found[f'mean error of the share of {net}, {sky}'] for net in ('U-Net, cloud mask', 'U-Net, loss mask'))
+
+def test_a_whole_scene_is_mapped_at_nearly_the_speed_of_the_net_in_memory_that_follows_the_width():
+    found = answer('scene')
+    assert found['share of the speed of the net on ready windows'] >= .9 and found['memory at 6000 wide, 24000 high over 6000 high'] <= 1.2
+    assert min(found[f'times as fast as the best alternative, file to file, {net} net'] for net in ('free', 'real')) >= 1

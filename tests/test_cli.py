@@ -217,3 +217,72 @@ def test_an_ablation_under_cloud_is_told_by_cover_and_without_clouds(tmp_path):
 
 def test_an_ablation_of_a_variant_that_does_not_exist_names_what_was_meant(tmp_path):
     with pytest.raises(RunFailed, match="did you mean 'full'"): run('ablate', tmp_path, quick=True, only='ful', out=str(tmp_path))
+
+
+# many scenes
+
+@pytest.fixture
+def town(tmp_path):
+    "Two nets with arbitrary weights, one of which needs radar, and four scenes."
+    import numpy as np
+    import torch
+
+    import rs_mtl
+    from rs_mtl.data.rasters import write_raster
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for run, sensors in (('run', {'bands': 3}), ('both', {'bands': 3, 'sar_bands': 1})):
+            rs_mtl.save(rs_mtl.create_model('plain', **sensors, classes=3, encoder='resnet10t', width=8, full=8, detail=4), tmp_path/run)
+    for i, name in enumerate('abcd'):
+        for layer, bands in (('image', 3), ('sar', 1)):
+            write_raster(tmp_path/layer/f'{name}.tif', np.random.default_rng(i).random((bands, 90, 90), 'float32')*(1 if layer == 'image' else -20), {'crs': 'EPSG:32632', 'transform': (.5, 0, 5e5, 0, -.5, 5.3e6)}, nodata=-1)
+    return tmp_path
+
+def told(capsys, *argv):
+    "Exit code, the object on stdout, and stderr."
+    code = main(['--json', *map(str, argv)])
+    out, err = capsys.readouterr()
+    return code, json.loads(out), err
+
+@pytest.mark.parametrize('shape', ['pattern', 'folder'])
+def test_many_scenes_are_mapped_the_finished_are_skipped_and_the_failed_are_told(town, capsys, shape):
+    torn = town/'image'/'c.tif'
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[:len(whole)//2])
+    how = ['--image', f'{town}/image/{{place}}.tif', '--sar', f'{town}/sar/{{place}}.tif'] if shape == 'pattern' else ['--image', town/'image']
+    argv = ['predict', town/('both' if shape == 'pattern' else 'run'), *how, '--out', town/'maps', '--tile', 64, '--uncertainty']
+    code, said, err = told(capsys, *argv)
+    assert (code, said['state'], [said['values'][k] for k in ('done', 'skipped', 'failed')]) == (1, 'problems', [3, 0, 1])
+    assert [(s['name'], s['state']) for s in said['values']['scenes']] == [('a', 'done'), ('b', 'done'), ('c', 'failed'), ('d', 'done')]
+    assert 'rs-mtl: c: DataError' in err and 'c.tif' in err and 'Traceback' not in err
+    assert {Path(f).relative_to(town/'maps').as_posix() for f in said['files']} == {f'{n}/{m}.tif' for n in 'abd' for m in ('classes', 'height', 'uncertainty')}
+    torn.write_bytes(whole)
+    assert main(list(map(str, argv))) == 0 and '1 done, 3 finished before, 0 failed' in capsys.readouterr().out
+    assert main([*map(str, argv), '-q']) == 0 and capsys.readouterr() == (f'{town/"maps"}\n', '')
+
+def test_many_scenes_are_shared_among_workers(town):
+    said = cli('predict', town/'run', '--image', f'{town}/image/*.tif', '--out', town/'maps', '--tile', 64, '--workers', 2, '--json')
+    assert said.returncode == 0, said.stderr
+    assert json.loads(said.stdout)['values']['done'] == 4
+    where = {json.loads((town/'maps'/n/'finished.json').read_text())['where'] for n in 'abcd'}
+    assert len(where) in (1, 2) and not any(w.endswith(f'-{os.getpid()}') for w in where)
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (['--image', 'nowhere/*.tif'], 'no raster fits'), (['--image', 'image/*.tif', '--size', '100'], '--size for scenes of your own'), (['--workers', '2'], '--workers without scenes'),
+    (['--image', 'image', '--workers', '2', '--cluster', 'tcp://127.0.0.1:1'], 'at most one of the two'), (['--image', 'image', '--workers', '0'], '0 workers'),
+    (['--image', 'image/{place}.tif', '--sar', 'sar/*.tif'], 'patterns with {place}'), (['--image', 'image/{place}.tif', '--sar', 'sar/{place}_vv.tif'], 'no raster fits')])
+def test_what_is_wrong_with_many_scenes_is_said_before_any_is_begun(town, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(town)
+    assert main(['predict', 'run', *options]) == 1 and message in capsys.readouterr().err and not (town/'run'/'maps').exists()
+
+def test_a_scene_that_lacks_its_radar_is_named(town, capsys):
+    (town/'sar'/'b.tif').unlink()
+    assert main(['predict', str(town/'both'), '--image', f'{town}/image/{{place}}.tif', '--sar', f'{town}/sar/{{place}}.tif']) == 1
+    assert '1 of 4 scenes have no sar: b' in capsys.readouterr().err
+
+def test_predict_helps_with_many_scenes(capsys):
+    with pytest.raises(SystemExit): main(['predict', '--help'])
+    said = capsys.readouterr().out
+    assert all(w in said for w in ('--workers INT', '--cluster STR', "--image 'scenes/*.tif' --out maps --workers 2", 'exit code 1'))
+    with pytest.raises(SystemExit): main(['predict', '--worker', '2'])
+    assert "did you mean '--workers'?" in capsys.readouterr().err

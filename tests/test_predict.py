@@ -1,5 +1,6 @@
 "Whole scenes: what must hold for any size, tile, overlap and batch, and what must not happen when a run dies."
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from rs_mtl.apply.predict import blend_weights, fold_batch_norm, predict_scene, 
 from rs_mtl.core import BandError, DataError
 from rs_mtl.data.rasters import write_raster
 from rs_mtl.data.scene import Scene
+
+from tiny import forkserver, map_slowly
 
 PLACE = {'crs': 'EPSG:32632', 'transform': from_origin(500_000, 5_300_000, .5, .5)}
 
@@ -182,30 +185,36 @@ def test_a_net_that_fails_midway_leaves_nothing(tmp_path):
     assert list((tmp_path/'o').iterdir()) == []
 
 
-CHILD = textwrap.dedent('''
-    import sys, time, torch
-    import rs_mtl
-    from rs_mtl.apply.predict import predict_scene
-    class Slow(torch.nn.Module):
-        inputs = ('image',)
-        def forward(self, batch):
-            print('tile', flush=True); time.sleep(.02)
-            return {'height': batch['image'], 'mask': torch.cat([batch['image']]*2, 1)}
-    predict_scene(Slow(), {'image': sys.argv[1]}, sys.argv[2], 64)
-    print('end', flush=True)
-''')
+def test_fault_43_kill_9_at_any_moment_leaves_nothing_under_the_final_name_and_the_next_run_is_as_if_nothing_had_been(tmp_path):
+    _, files = written(tmp_path, 400, 400)
+    context, moments = forkserver(), random.Random(0)
 
+    def begun(out):
+        child = context.Process(target=map_slowly, args=(str(files['image']), str(out)))
+        child.start()
+        while child.is_alive() and not list(out.glob('.*.part*')): time.sleep(.002)   # it has begun to write
+        return child, time.perf_counter()
 
-def test_fault_43_kill_9_at_any_moment_leaves_nothing_under_the_final_name(tmp_path):
-    _, files = written(tmp_path, 600, 600)
-    for n, tiles in enumerate((20, 60, 120)):
+    child, start = begun(tmp_path/'whole')
+    child.join()
+    whole, lasts = {p.name: p.read_bytes() for p in (tmp_path/'whole').iterdir()}, time.perf_counter() - start
+    assert set(whole) == {'height.tif', 'classes.tif'}
+    killed, left = 0, set()
+    for n in range(6):
         out = tmp_path/f'o{n}'
-        child = subprocess.Popen([sys.executable, '-c', CHILD, files['image'], out], stdout=subprocess.PIPE, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
-        for _ in range(tiles): assert child.stdout.readline() == 'tile\n'
-        child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
-        assert [p.name for p in out.iterdir() if not p.name.startswith('.')] == []
-        assert any('.part' in p.name for p in out.iterdir())  # it had begun to write
+        child, start = begun(out)
+        time.sleep(lasts*(n + moments.random())/6)                                    # from the first windows to the last bytes
+        child.kill()
+        child.join()
+        if child.exitcode == -signal.SIGKILL:
+            killed += 1
+            left |= {p.name.rpartition('-')[0] for p in out.iterdir() if p.name.startswith('.')}
+        assert all(p.read_bytes() == whole[p.name] for p in out.iterdir() if not p.name.startswith('.'))  # nothing, or all of it
+        if n % 2:                                                                     # and then as if it had not been
+            again, _ = begun(out)
+            again.join()
+            assert {p.name: p.read_bytes() for p in out.iterdir()} == whole, 'the maps of an undisturbed run, and nothing beside them'
+    assert killed >= 4 and len(left) >= 2
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):

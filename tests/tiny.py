@@ -67,5 +67,18 @@ def die(i, sample):
 def forkserver():
     "Starts children that have everything imported: one server for all tests, since its imports are chosen once."
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['rs_mtl', 'rs_mtl.training.fit', 'rs_mtl.training.metrics', 'accelerate', 'tiny'])  # rs_mtl first: it repairs torchvision
+    context.set_forkserver_preload(['rs_mtl', 'rs_mtl.apply.predict', 'rs_mtl.training.fit', 'rs_mtl.training.metrics', 'accelerate', 'tiny'])  # rs_mtl first: it repairs torchvision
     return context
+
+class Slow(nn.Module):
+    "Takes its time for each window."
+    inputs = ('image',)
+    def forward(self, batch):
+        time.sleep(.005)
+        return {'height': batch['image'], 'mask': torch.cat([batch['image'], 1 - batch['image']], 1)}
+
+def map_slowly(image, out):
+    "A scene for a process that will be killed."
+    from rs_mtl.apply.predict import predict_scene
+    torch.set_num_threads(1)
+    predict_scene(Slow(), {'image': image}, out, 64)

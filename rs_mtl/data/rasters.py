@@ -39,17 +39,16 @@ def create_raster(path: str | Path,                            # the final name
                   palette: Sequence[Sequence[int]] = (),       # their colours, 0..255
                   overviews: bool = True                       # also store the small versions
                  ) -> Iterator[Any]:                           # a rasterio data set, open for writing
-    "A tiled, compressed GeoTIFF that appears complete or not at all."
+    "A cloud-optimised GeoTIFF that appears complete or not at all."
     import rasterio
-    place = _place(like)
-    block = {'tiled': True, 'blockxsize': 256, 'blockysize': 256} if max(shape) >= 256 else {}
-    predictor = 3 if np.dtype(dtype).kind == 'f' else 2
+    place, classed = _place(like), bool(classes or palette)
+    pack = {} if np.dtype(dtype).kind in 'fc' else {'compress': 'deflate', 'zlevel': 1}  # of the draft: for its short life only
     # left alone, GDAL takes the fourth band of bytes for transparency, and the near infrared is gone
     colour = {'photometric': 'rgb' if tuple(bands[:3]) == ('red', 'green', 'blue') else 'minisblack', 'alpha': 'no'} if count > 2 else {}
-    with whole_file(path) as part:
+    with whole_file(path) as part, _draft(part) as draft:
         with _quiet():
-            dst = rasterio.open(part, 'w', driver='GTiff', height=shape[0], width=shape[1], count=count, dtype=dtype, nodata=nodata, compress='deflate',
-                                predictor=predictor, bigtiff='if_safer', num_threads='all_cpus', **block, **colour, **place)
+            dst = rasterio.open(draft, 'w', driver='GTiff', height=shape[0], width=shape[1], count=count, dtype=dtype, nodata=nodata, tiled=True, blockxsize=256, blockysize=256,
+                                bigtiff='if_safer', num_threads='all_cpus', **pack, **colour, **place)
         with dst:
             dst.scales, dst.offsets = np.broadcast_to(scale, count).tolist(), np.broadcast_to(offset, count).tolist()
             if bands: dst.descriptions = tuple(bands)
@@ -57,12 +56,35 @@ def create_raster(path: str | Path,                            # the final name
             if classes: dst.update_tags(classes=json.dumps(list(classes)))
             if palette: dst.write_colormap(1, {i: (*map(int, c), 255) for i, c in enumerate(palette)} | {IGNORE: (0, 0, 0, 0)})
             yield dst
-        if overviews and (levels := _levels(shape)):
-            from rasterio.enums import Resampling
-            with _quiet(): dst = rasterio.open(part, 'r+')
-            with dst:
-                dst.build_overviews(levels, Resampling.mode if classes or palette else Resampling.average)
+        levels = _levels(shape) if overviews else []
+        if levels: _add_overviews(draft, levels, classed)
+        _check_written(draft, path)
+        _in_order(draft, part, path, bool(levels), 'NO' if classed else 'YES')
         _check_written(part, path)
+
+# %% ../../nbs/data/20_rasters.ipynb #4f84d998
+@contextmanager
+def _draft(part: Path) -> Iterator[Path]:
+    "A name beside a file that is being written, swept like it should the process be killed."
+    host, dash, rest = part.name.rpartition('-')
+    draft = part.with_name(f'{host}-draft{dash}{rest}')
+    try: yield draft
+    finally: draft.unlink(missing_ok=True)
+
+def _add_overviews(draft: Path, levels: Sequence[int], classed: bool) -> None:
+    "The small versions: the most frequent class, or the mean."
+    import rasterio
+    from rasterio.enums import Resampling
+    with rasterio.Env(ZLEVEL_OVERVIEW=1):
+        with _quiet(): dst = rasterio.open(draft, 'r+')
+        with dst: dst.build_overviews(levels, Resampling.mode if classed else Resampling.average)
+
+def _in_order(draft: Path, part: Path, path: str | Path, overviews: bool, predictor: str) -> None:
+    "Compress a draft into a file whose headers and overviews come first."
+    from rasterio.shutil import copy
+    try:
+        copy(str(draft), str(part), driver='COG', blocksize=256, compress='deflate', level=3, predictor=predictor, overviews='force_use_existing' if overviews else 'none', bigtiff='if_safer', num_threads='all_cpus')
+    except read_errors() as e: raise _no_room(path, str(e)) from e
 
 # %% ../../nbs/data/20_rasters.ipynb #407572a3
 def _place(like: Any) -> dict[str, Any]:
@@ -128,7 +150,9 @@ def _check_written(part: Path, path: str | Path) -> None:
             for i, j in ((i, j) for i in range(rows) for j in range(cols)):
                 at, length = (src.get_tag_item(f'BLOCK_{what}_{j}_{i}', 'TIFF', bidx=1, ovr=level) for what in ('OFFSET', 'SIZE'))
                 if at is None or length is None or int(at) + int(length) > size:
-                    raise DataError(f'{str(path)!r} cannot be written: a block at row {i}, column {j} did not reach the disk', 'room on the disk', 'free some space, or write to another folder')
+                    raise _no_room(path, f'a block at row {i}, column {j} did not reach the disk')
+
+def _no_room(path: str | Path, why: str) -> DataError: return DataError(f'{str(path)!r} cannot be written: {why}', 'room on the disk', 'free some space, or write to another folder')
 
 def _blocks(src: Any, level: int | None) -> tuple[int, int]:
     "How many rows and columns of blocks there are; an overview is asked itself, since the factor of a raster of one column is not known."
