@@ -21,11 +21,11 @@ STATE = '''() => {
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
-    "The tutorials without their outputs, beside the sample data; kernels take the small parameters of the tests."
+    "The tutorials without their outputs, beside the sample data and the results that they show; kernels take the small parameters of the tests."
     monkeypatch.setenv('IN_TEST', '1')
     monkeypatch.delenv('MPLBACKEND', raising=False)  # figures belong on the page
-    shutil.copytree(ROOT/'data', tmp_path/'data')
-    (tmp_path/'nbs'/'tutorials').mkdir(parents=True)
+    for part in ('data', 'nbs/benchmarks/results'): shutil.copytree(ROOT/part, tmp_path/part)  # what they read
+    (tmp_path/'nbs'/'tutorials').mkdir()
     for name in TUTORIALS:
         nb = nbformat.read(ROOT/'nbs'/'tutorials'/f'{name}.ipynb', 4)
         for cell in nb.cells:
