@@ -21,11 +21,11 @@ STATE = '''() => {
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
-    "The tutorials without their outputs, beside the sample data; kernels take the small parameters of the tests."
+    "The tutorials without their outputs, beside the sample data and the results that they show; kernels take the small parameters of the tests."
     monkeypatch.setenv('IN_TEST', '1')
     monkeypatch.delenv('MPLBACKEND', raising=False)  # figures belong on the page
-    shutil.copytree(ROOT/'data', tmp_path/'data')
-    (tmp_path/'nbs'/'tutorials').mkdir(parents=True)
+    for part in ('data', 'nbs/benchmarks/results'): shutil.copytree(ROOT/part, tmp_path/part)  # what they read
+    (tmp_path/'nbs'/'tutorials').mkdir()
     for name in TUTORIALS:
         nb = nbformat.read(ROOT/'nbs'/'tutorials'/f'{name}.ipynb', 4)
         for cell in nb.cells:
@@ -88,7 +88,7 @@ def test_from_scene_to_map_runs_through_and_its_map_and_its_explorer_do_what_the
         page.wait_for_timeout(1500)
         seen = look('explorer', explorer)
         assert page.locator('.leaflet-sbs-divider').count() == 2, 'two nets lie left and right of a divider'
-        page.locator('.widget-dropdown:has-text("Against") select').last.select_option('')
+        page.locator('.widget-dropdown:has-text("Against") select').last.select_option('–')
         page.locator('button:has-text("Predict")').last.click()
         page.wait_for_selector('[role=status]:has-text("fair weather answered in"):not(:has-text("all weather"))', timeout=180_000)
         page.wait_for_selector('button:has-text("Predict"):enabled', timeout=90_000)
