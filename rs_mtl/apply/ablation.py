@@ -291,11 +291,19 @@ def figure(rows: Sequence[Mapping[str, Any]],                          # of a ta
     shown = {k: v for k, v in scores.items() if any(k in r for r in rows)}
     fig, axes = plt.subplots(1, len(shown), figsize=(2.2 + 3.4*len(shown), .6 + .32*len(names)), sharey=True, squeeze=False, layout='constrained')
     for ax, (score, label) in zip(axes[0], shown.items(), strict=True):
+        found = {name: [r[score] for r in rows if r['variant'] == name and r.get(score) is not None] for name in names}
+        means = {name: float(np.mean(values)) for name, values in found.items() if values}
+        middle = float(np.median([*means.values()]))
+        reach = 6*float(np.median([abs(m - middle) for m in means.values()])) or math.inf
         for y, name in enumerate(names):
-            values = [r[score] for r in rows if r['variant'] == name and score in r]
-            ax.plot(np.mean(values), y, '|', ms=16, mew=2, color='C0')
-            ax.plot(values, [y]*len(values), 'o', ms=4, color='C1', alpha=.8)
-            if name == baseline: ax.axvline(float(np.mean(values)), ls='--', lw=.8, color='grey')
+            if name not in means: continue
+            if name == baseline: ax.axvline(means[name], ls='--', lw=.8, color='grey')
+            if abs(means[name] - middle) > reach:   # it would squeeze the others into one line
+                low = means[name] < middle
+                ax.annotate(f'◂ {means[name]:.2f}' if low else f'{means[name]:.2f} ▸', (.02 if low else .98, y), xycoords=('axes fraction', 'data'), ha='left' if low else 'right', va='center', color='C0', fontsize=9)
+                continue
+            ax.plot(means[name], y, '|', ms=16, mew=2, color='C0')
+            ax.plot(found[name], [y]*len(found[name]), 'o', ms=4, color='C1', alpha=.8)
         ax.set(xlabel=label, yticks=range(len(names)), yticklabels=names); ax.grid(axis='x', alpha=.3)
     axes[0][0].invert_yaxis()
     plt.close(fig)

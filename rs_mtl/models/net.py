@@ -105,9 +105,11 @@ def cost_table(net: nn.Module,              # any net of the package
     "Parameters and GFLOPs of a net, by its direct parts."
     from torch.utils.flop_counter import FlopCounterMode
     was_training = net.training
-    counter = FlopCounterMode(display=False, depth=2)
+    counter = FlopCounterMode(display=False, depth=4)
     with torch.no_grad(), counter: net.eval()(batch)
     net.train(was_training)
-    counts, root = counter.get_flop_counts(), type(net).__name__
-    rows = [{'part': n, 'params': sum(p.numel() for p in m.parameters()), 'gflops': sum(counts.get(f'{root}.{n}', {}).values())/1e9} for n, m in net.named_children()]
+    counts = counter.get_flop_counts()
+    def flops(path: str, part: nn.Module) -> int: # a list of modules is never called itself
+        return sum(flops(f'{path}.{n}', m) for n, m in part.named_children()) if isinstance(part, nn.ModuleDict | nn.ModuleList) else sum(counts.get(path, {}).values())
+    rows = [{'part': n, 'params': sum(p.numel() for p in m.parameters()), 'gflops': flops(f'{type(net).__name__}.{n}', m)/1e9} for n, m in net.named_children()]
     return [r for r in rows if r['params'] or r['gflops']] + [{'part': 'all', 'params': sum(p.numel() for p in net.parameters()), 'gflops': counter.get_total_flops()/1e9}]
