@@ -316,7 +316,7 @@ def over_eager(n: int, seed: int):
     return truth, z + 1.5*F.one_hot(torch.tensor(2), C)[:, None, None]
 
 def test_a_class_that_is_given_too_often_is_not_given_more():
-    a, free = taught(), taught(guard=False)
+    a, free = taught(guard=True), taught()
     for i in range(8):
         truth, z = over_eager(8, i)
         got, without, best = a(z).labels, free(z).labels, z.argmax(1)
@@ -328,9 +328,9 @@ def test_a_class_that_is_given_too_often_is_not_given_more():
 
 def test_without_labelled_pixels_there_is_no_guard_and_with_few_tiles_hardly_a_change():
     truth, z = scene(seed=5)
-    a, free = Reassigner(C), Reassigner(C, guard=False)
+    a, free = Reassigner(C, guard=True), Reassigner(C)
     assert torch.equal(a(z).labels, free(z).labels)
-    few, many = taught(doubt=1e6), taught(doubt=1e-6)
+    few, many = taught(doubt=1e6, guard=True), taught(doubt=1e-6, guard=True)
     few(z); many(z)
     assert few.need.abs().max() < 1e-3 < many.need.abs().max()
     assert (few(z).labels == z.argmax(1)).float().mean() > .99

@@ -236,7 +236,7 @@ class Informed(Assigner):
                  region: float = .25,            # weight of a region's advice, at most
                  floor: float = .1,              # share of the anchor in the prior
                  tile: float = .2,               # 0..1: how far each tile's own mix, by EM, is followed
-                 guard: bool = True,             # whether labels change only towards classes that the labelled pixels say are missing
+                 guard: bool = False,            # whether labels change only towards classes that the labelled pixels say are missing
                  doubt: float = 16.,             # tiles that must be seen before that is half believed
                  threshold: float = 0.,          # least confidence of a label; below it a pixel gets 255
                  laplace: float = .01):          # tiles of evenly mixed classes that the anchor starts from
