@@ -1,4 +1,5 @@
-"The explorer by script, and its panel in a real JupyterLab with a real browser: a window is drawn, Predict pressed, and the page looked at."
+"The explorer by script, and its panel in a real JupyterLab with a real browser: a window is drawn, Predict pressed, the clouds are pulled, and the page looked at."
+import re
 from pathlib import Path
 
 import numpy as np
@@ -238,7 +239,8 @@ def drag(page, *points) -> None:
 
 
 @needs_browser
-def test_a_window_is_drawn_predicted_faded_swiped_and_followed_in_jupyterlab(tmp_path, lab):  # noqa: F811
+def test_a_window_is_drawn_predicted_faded_swiped_clouded_and_followed_in_jupyterlab(tmp_path, lab):  # noqa: F811
+    expect = pytest.importorskip('playwright.sync_api').expect
     files = town(tmp_path)
     notebook(tmp_path/'explore.ipynb', NETS, f"import rs_mtl\nfrom rs_mtl.apply.explore import explore\npanel = explore({{'right': Byhand(), 'wrong': Byhand(True)}}, {files!r})\npanel")
     with opened(lab, 'explore.ipynb', size=(1400, 1200)) as page:
@@ -290,6 +292,25 @@ def test_a_window_is_drawn_predicted_faded_swiped_and_followed_in_jupyterlab(tmp
         page.wait_for_timeout(800)
         moved = look('swiped')
         assert min(split(moved, half + quarter)) > .85 and like(moved, ORANGE).sum() != like(seen, ORANGE).sum(), 'the divider went where the mouse went'
+
+        clouds = page.locator('.widget-slider').filter(has_text='Clouds')
+        clear, wanted = page.locator('table').last.inner_text(), re.compile(r'right answered in .*wrong answered in .*under clouds of (\d+)')
+        bar, knob = clouds.locator('.noUi-base').bounding_box(), clouds.locator('.noUi-handle').bounding_box()
+        level = knob['y'] + knob['height']/2
+        drag(page, (knob['x'] + knob['width']/2, level), (bar['x'] + bar['width']*.6, level))
+        says = page.locator('.jupyter-widgets [role=status]').first
+        expect(says).to_have_text(wanted, timeout=90_000)
+        assert 50 <= int(wanted.search(says.inner_text())[1]) <= 70, 'the clouds are where the mouse let the slider go'
+        page.wait_for_timeout(2000)
+        clouded, under = look('clouds'), page.locator('table').last.inner_text()
+        shares = [[float(v) for v in re.findall(r'([\d.]+)%', next(r for r in text.splitlines() if r.startswith('right pixels')))] for text in (clear, under)]
+        assert shares[0] == [100, 0] and shares[1][0] < 99 and shares[1][1] > 1, 'both nets answered again, and clouds cost the one what they give the other'
+        for c0, c1 in ((left, half + quarter - 6), (half + quarter + 6, right)): assert np.abs(clouded - moved)[top:bottom, c0:c1].max(-1).mean() > 5, 'on both sides of the divider the map has changed'
+        clouds.locator('.noUi-handle').focus()
+        page.keyboard.press('Home')                                                  # a clear sky again
+        expect(says).not_to_contain_text('under clouds', timeout=90_000)
+        page.wait_for_timeout(2000)
+        assert np.abs(look('clear-again') - moved)[top:bottom, left:right].max(-1).mean() < 3, 'and all is as it was'
 
         page.click('.leaflet-draw-draw-polyline')
         middle, ends = (top + bottom)/2, (left - far/2, right + far/2)

@@ -7,8 +7,8 @@ __all__ = ['RAMPS', 'UNITS', 'Drawn', 'draw_layer', 'draw_array', 'data_url', 'g
            'sheet', 'MapView', 'show_map', 'alike']
 
 # %% ../../nbs/apply/72_maps.ipynb #32f98569
-import base64, importlib, io, math
-from collections.abc import Iterable, Mapping, Sequence
+import base64, importlib, io, math, warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,6 +172,8 @@ def data_url(picture: np.ndarray,     # (h, w, 3 or 4) bytes
     else: Image.fromarray(picture).save(buffer, 'WEBP', quality=85, method=4)
     return f'data:image/{"png" if exact else "webp"};base64,{base64.b64encode(buffer.getvalue()).decode()}'
 
+def _url(d: Drawn) -> str: return data_url(d.picture(), d.kind == 'classes')
+
 def gradient(kind: str) -> str:
     "The colour ramp of a kind as CSS."
     from matplotlib import colormaps
@@ -239,14 +241,15 @@ class Stage:
         "A control or a shape; past leafmap's own `add`, which builds a layer manager anew each time and puts it on the map."
         self._make.Map.add(self.map, part)
 
-    def put(self, drawn: Iterable[Drawn], opacity: float = 1., visible: bool = True, looks: Mapping[str, tuple[float, bool]] | None = None, pair: tuple[str, str] | None = None) -> None:
-        "Add layers above those that are there; one of a known name takes its place, as visible as it was. `looks` has an opacity and a switch by name; `pair` is swiped."
+    def put(self, drawn: Iterable[Drawn], opacity: float = 1., visible: bool = True, looks: Mapping[str, tuple[float, bool]] | None = None, pair: tuple[str, str] | None = None,
+            serve: Callable[..., Any] | None = None) -> None:
+        "Add layers above those that are there; one of a known name takes its place, as visible as it was. `looks` has an opacity and a switch by name; `pair` is swiped; `serve` makes layers of tiles."
         for d in drawn:
-            url = data_url(d.picture(), d.kind == 'classes')
-            if d.name in self.over: self.over[d.name].url, self.over[d.name].bounds = url, d.bounds
+            if isinstance(self.over.get(d.name), self._make.TileLayer): self.drop([d.name])  # tiles of a file are not redrawn, they are replaced
+            if d.name in self.over: self.over[d.name].url, self.over[d.name].bounds = _url(d), d.bounds
             else:
                 shine, on = (looks or {}).get(d.name, (opacity, visible))
-                self.over[d.name] = self._make.ImageOverlay(url=url, bounds=d.bounds, name=d.name, pane=self._free(), opacity=shine, visible=on)
+                self.over[d.name] = (serve or self._overlay)(d, name=d.name, pane=self._free(), opacity=shine, visible=on)
                 self.rows[d.name] = _row(self._ui, d.name, self.over[d.name])
             self.drawn[d.name] = d
         if pair and pair != self.pair: self.swipe(*pair)
@@ -274,6 +277,10 @@ class Stage:
         for name in self.over: self.over[name].visible = name in pair or self.over[name].visible and name not in self._hidden
         self._split = self._make.SplitMapControl(left_layer=self.over[pair[0]], right_layer=self.over[pair[1]])
         self.add(self._split)
+
+    def _overlay(self, d: Drawn, **looks: Any) -> Any:
+        "The picture inside the page."
+        return self._make.ImageOverlay(url=_url(d), bounds=d.bounds, **looks)
 
     def _free(self) -> str:
         "A pane above those in use, or one that became free."
@@ -323,7 +330,8 @@ def _side(ui: Any, which: str, chosen: Any) -> Any:
 # %% ../../nbs/apply/72_maps.ipynb #06b77ac5
 def sheet(layers: Sequence[Drawn], # of one place
           size: float = 3.,        # inches per picture
-          cols: int = 3            # in a row
+          cols: int = 3,           # in a row
+          note: str = ''           # below them
          ) -> bytes:               # PNG
     "Layers side by side, as they would lie on the map, with colour bars and class names."
     from matplotlib import colormaps
@@ -341,6 +349,7 @@ def sheet(layers: Sequence[Drawn], # of one place
         fig.set_figheight(fig.get_figheight() + .4)
         named = max(classed, key=lambda d: len(d.classes))
         _legend(fig, [d.values[0][d.valid] for d in classed], named.classes, named.palette)
+    if note: fig.supxlabel(note, fontsize=8, color='.3', x=.01, ha='left')
     from PIL import Image
     small = io.BytesIO()
     Image.open(io.BytesIO(_png(fig))).convert('RGB').quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(small, 'PNG', optimize=True)  # a third of the bytes, for notebooks
@@ -348,7 +357,8 @@ def sheet(layers: Sequence[Drawn], # of one place
 
 class MapView:
     "A map with its layers; shows the widget where there is one, and a picture everywhere else."
-    def __init__(self, stage: Stage): self.stage = stage
+    def __init__(self, stage: Stage, note: str = ''):  # what a picture of the map does not show
+        self.stage, self.note = stage, note
     @property
     def map(self) -> Any:
         "The leafmap map."
@@ -365,11 +375,12 @@ class MapView:
 
     def png(self) -> bytes:
         "All layers side by side, as they would lie on the map."
-        return sheet(self.layers)
+        return sheet(self.layers, note=self.note)
 
     def save(self, path: str | Path) -> Path:
         "Write a page that opens without a network, a kernel or a library: two layers on a divider, a third over both."
         from rs_mtl.apply.map_page import write_page
+        if self.note: warnings.warn(f'{path}: {self.note}', stacklevel=2)
         return write_page(self.layers, path, self.stage.pair)
 
 # %% ../../nbs/apply/72_maps.ipynb #49b54cfd
@@ -378,24 +389,32 @@ def show_map(layers: Mapping[str, str | Path],        # name -> raster, from the
              side: int = 1024,                        # pixels of a layer's longer side, at most
              height: str = '520px',                   # of the map
              opacity: float = 1.,                     # of the layers above the first, at the start
-             relief: bool = False                     # light heights from the north-west, under their colours
+             relief: bool = False,                    # light heights from the north-west, under their colours
+             tiles: bool = False                      # full resolution by a tile server, while the kernel runs; see the notebook on tiles
             ) -> MapView:                             # shows itself in a notebook
     "Rasters on a leafmap map, with a legend, a switch and a slider for each layer, and a swipe between any two of them."
     if not layers: raise ConfigError('a map without layers', "at least {'image': path}")
     if wrong := [n for n in compare or () if n not in layers]:
         raise ConfigError(f'compare names {wrong[0]!r}', f'one of {", ".join(layers)}', _closest(wrong[0], layers))
+    if tiles and relief: raise ConfigError('relief=True with tiles=True', 'one of the two', 'leave relief away: the tile server does not light heights')
     drawn = [draw_layer(n, p, side) for n, p in layers.items()]
     for d in drawn: d.relief = relief and d.kind == 'height'
     alike(drawn)
     stage = Stage(drawn, height)
-    stage.put(drawn[:1])
-    stage.put(drawn[1:], opacity)
+    serve = _served(layers) if tiles else None
+    stage.put(drawn[:1], serve=serve)
+    stage.put(drawn[1:], opacity, serve=serve)
     for name in (n for n in layers if compare and n not in compare): stage.over[name].visible = False
     if compare: stage.swipe(*compare)
     parts = [stage.list, *([stage.swiper] if len(layers) > 1 else [])]
     box = stage._ui.Accordion([stage._ui.VBox(parts, layout={'overflow': 'hidden'})], titles=('Layers',), selected_index=0, layout={'width': '310px'})
     stage.add(stage._make.WidgetControl(widget=box, position='bottomleft'))
-    return MapView(stage)
+    return MapView(stage, f'at most {side} pixels a side: full resolution needs the tile server of a running kernel' if tiles else '')
+
+def _served(layers: Mapping[str, str | Path]) -> Callable[..., Any]:
+    "What makes a layer of tiles from the file of a name."
+    from rs_mtl.apply.tiles import tile_layer
+    return lambda d, **looks: tile_layer(d, layers[d.name], **looks)
 
 def alike(layers: Sequence[Drawn]) -> None:
     "Equal colours, equal values: one range for all layers of a kind."
