@@ -244,6 +244,7 @@ class Stage:
     def put(self, drawn: Iterable[Drawn], opacity: float = 1., visible: bool = True, looks: Mapping[str, tuple[float, bool]] | None = None, pair: tuple[str, str] | None = None,
             serve: Callable[..., Any] | None = None) -> None:
         "Add layers above those that are there; one of a known name takes its place, as visible as it was. `looks` has an opacity and a switch by name; `pair` is swiped; `serve` makes layers of tiles."
+        known = set(self.over)
         for d in drawn:
             if isinstance(self.over.get(d.name), self._make.TileLayer): self.drop([d.name])  # tiles of a file are not redrawn, they are replaced
             if d.name in self.over: self.over[d.name].url, self.over[d.name].bounds = _url(d), d.bounds
@@ -252,7 +253,7 @@ class Stage:
                 self.over[d.name] = (serve or self._overlay)(d, name=d.name, pane=self._free(), opacity=shine, visible=on)
                 self.rows[d.name] = _row(self._ui, d.name, self.over[d.name])
             self.drawn[d.name] = d
-        if pair and pair != self.pair: self.swipe(*pair)
+        if pair and pair != self.pair or self.pair and set(self.over) - known: self.swipe(*(pair or self.pair or ()))
         else: self._show()
 
     def drop(self, names: Iterable[str]) -> None:
@@ -260,7 +261,8 @@ class Stage:
         for name in [n for n in names if n in self.drawn]:
             if name in (self.pair or ()): self.swipe()
             for kept in (self.drawn, self.over, self.rows): del kept[name]
-        self._show()
+        if self.pair: self.swipe(*self.pair)  # layers that come or go take the two off the page, which the divider brought
+        else: self._show()
 
     def swipe(self, left: str | None = None, right: str | None = None) -> None:
         "Show one layer left of a divider and one right of it; without names, no divider."
