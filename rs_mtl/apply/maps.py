@@ -333,7 +333,7 @@ def _side(ui: Any, which: str, chosen: Any) -> Any:
 def sheet(layers: Sequence[Drawn], # of one place
           size: float = 3.,        # inches per picture
           cols: int = 3,           # in a row
-          note: str = ''           # below them
+          note: str = ''           # above them
          ) -> bytes:               # PNG
     "Layers side by side, as they would lie on the map, with colour bars and class names."
     from matplotlib import colormaps
@@ -351,7 +351,7 @@ def sheet(layers: Sequence[Drawn], # of one place
         fig.set_figheight(fig.get_figheight() + .4)
         named = max(classed, key=lambda d: len(d.classes))
         _legend(fig, [d.values[0][d.valid] for d in classed], named.classes, named.palette)
-    if note: fig.supxlabel(note, fontsize=8, color='.3', x=.01, ha='left')
+    if note: fig.suptitle(note, fontsize=8, color='.3', x=.01, ha='left')
     from PIL import Image
     small = io.BytesIO()
     Image.open(io.BytesIO(_png(fig))).convert('RGB').quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(small, 'PNG', optimize=True)  # a third of the bytes, for notebooks
