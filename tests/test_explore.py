@@ -305,12 +305,14 @@ def test_a_window_is_drawn_predicted_faded_swiped_clouded_and_followed_in_jupyte
         clouded, under = look('clouds'), page.locator('table').last.inner_text()
         shares = [[float(v) for v in re.findall(r'([\d.]+)%', next(r for r in text.splitlines() if r.startswith('right pixels')))] for text in (clear, under)]
         assert shares[0] == [100, 0] and shares[1][0] < 99 and shares[1][1] > 1, 'both nets answered again, and clouds cost the one what they give the other'
-        for c0, c1 in ((left, half + quarter - 6), (half + quarter + 6, right)): assert np.abs(clouded - moved)[top:bottom, c0:c1].max(-1).mean() > 5, 'on both sides of the divider the map has changed'
+        inner = (slice(top, bottom), slice(left, right))
+        assert (like(clouded, ORANGE) | like(clouded, BLUE, 25))[inner].mean() > .75, 'the classes of both are still on the map, around the handle'
+        for c0, c1 in ((left, half - 6), (half + 6, right)): assert np.abs(clouded - seen)[top:bottom, c0:c1].max(-1).mean() > 20, 'and on both sides of the divider others than before'
         clouds.locator('.noUi-handle').focus()
         page.keyboard.press('Home')                                                  # a clear sky again
         expect(says).not_to_contain_text('under clouds', timeout=90_000)
         page.wait_for_timeout(2000)
-        assert np.abs(look('clear-again') - moved)[top:bottom, left:right].max(-1).mean() < 3, 'and all is as it was'
+        assert np.abs(look('clear-again') - seen)[inner].max(-1).mean() < 3, 'and all is as it was'
 
         page.click('.leaflet-draw-draw-polyline')
         middle, ends = (top + bottom)/2, (left - far/2, right + far/2)

@@ -418,7 +418,7 @@ def test_metadata_comes_from_settings(built: tuple[list[str], list[str], Path]):
         meta = Parser().parsestr(z.read(next(n for n in built[0] if n.endswith('.dist-info/METADATA'))).decode())
     cfg = settings()
     assert (meta['Name'], meta['Version'], meta['Requires-Python'], meta['License-Expression']) == (cfg['lib_name'], cfg['version'], f'>={cfg["min_python"]}', 'Apache-2.0')
-    assert set(meta.get_all('Provides-Extra')) == {'notebooks', 'maps', 'onnx', 'cluster', 'dev'}
+    assert set(meta.get_all('Provides-Extra')) == {'notebooks', 'maps', 'tiles', 'onnx', 'cluster', 'dev'}
     assert len(meta.get_all('Requires-Dist')) == len(requirements())
     assert meta.get_payload().strip() == (ROOT / 'README.md').read_text(encoding='utf-8').strip()
 

@@ -244,6 +244,7 @@ class Stage:
     def put(self, drawn: Iterable[Drawn], opacity: float = 1., visible: bool = True, looks: Mapping[str, tuple[float, bool]] | None = None, pair: tuple[str, str] | None = None,
             serve: Callable[..., Any] | None = None) -> None:
         "Add layers above those that are there; one of a known name takes its place, as visible as it was. `looks` has an opacity and a switch by name; `pair` is swiped; `serve` makes layers of tiles."
+        known = set(self.over)
         for d in drawn:
             if isinstance(self.over.get(d.name), self._make.TileLayer): self.drop([d.name])  # tiles of a file are not redrawn, they are replaced
             if d.name in self.over: self.over[d.name].url, self.over[d.name].bounds = _url(d), d.bounds
@@ -252,7 +253,7 @@ class Stage:
                 self.over[d.name] = (serve or self._overlay)(d, name=d.name, pane=self._free(), opacity=shine, visible=on)
                 self.rows[d.name] = _row(self._ui, d.name, self.over[d.name])
             self.drawn[d.name] = d
-        if pair and pair != self.pair: self.swipe(*pair)
+        if pair and pair != self.pair or self.pair and set(self.over) - known: self.swipe(*(pair or self.pair or ()))
         else: self._show()
 
     def drop(self, names: Iterable[str]) -> None:
@@ -260,7 +261,8 @@ class Stage:
         for name in [n for n in names if n in self.drawn]:
             if name in (self.pair or ()): self.swipe()
             for kept in (self.drawn, self.over, self.rows): del kept[name]
-        self._show()
+        if self.pair: self.swipe(*self.pair)  # layers that come or go take the two off the page, which the divider brought
+        else: self._show()
 
     def swipe(self, left: str | None = None, right: str | None = None) -> None:
         "Show one layer left of a divider and one right of it; without names, no divider."
@@ -331,7 +333,7 @@ def _side(ui: Any, which: str, chosen: Any) -> Any:
 def sheet(layers: Sequence[Drawn], # of one place
           size: float = 3.,        # inches per picture
           cols: int = 3,           # in a row
-          note: str = ''           # below them
+          note: str = ''           # above them
          ) -> bytes:               # PNG
     "Layers side by side, as they would lie on the map, with colour bars and class names."
     from matplotlib import colormaps
@@ -349,7 +351,7 @@ def sheet(layers: Sequence[Drawn], # of one place
         fig.set_figheight(fig.get_figheight() + .4)
         named = max(classed, key=lambda d: len(d.classes))
         _legend(fig, [d.values[0][d.valid] for d in classed], named.classes, named.palette)
-    if note: fig.supxlabel(note, fontsize=8, color='.3', x=.01, ha='left')
+    if note: fig.suptitle(note, fontsize=8, color='.3', x=.01, ha='left')
     from PIL import Image
     small = io.BytesIO()
     Image.open(io.BytesIO(_png(fig))).convert('RGB').quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(small, 'PNG', optimize=True)  # a third of the bytes, for notebooks
