@@ -156,6 +156,14 @@ def test_bfloat16_autocast_runs_and_stays_close(case):
         assert (a[k] - b[k].float()).abs().mean() < .1 * (a[k].abs().mean() + .1)
 
 
+@pytest.mark.parametrize('name', ['plain', 'plain, own decoders', 'ctme', 'ctme, two sensors, three tasks', 'dllr', 'segcr', 'segcr, four tasks'])
+def test_the_parts_of_a_net_cost_what_the_whole_costs(name):
+    from rs_mtl.models.net import cost_table
+    config = dict(CASES[name])
+    *parts, whole = cost_table(rs_mtl.create_model(config.pop('model'), **config), batch_for(CASES[name], 1))
+    for k in ('gflops', 'params'): assert sum(r[k] for r in parts) == pytest.approx(whole[k], rel=1e-6), k
+
+
 @pytest.mark.parametrize('name', ['plain', 'plain, two sensors', 'plain, convnext', 'ctme', 'ctme, controls', 'ctme, own keys', 'ctme, swin', 'dllr', 'dllr, three tasks', 'dllr, convnext', 'segcr', 'segcr, four tasks', 'segcr, swin'])
 def test_torch_export_gives_the_same_maps(name):
     config = dict(CASES[name])
