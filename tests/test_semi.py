@@ -19,11 +19,12 @@ from rs_mtl.core import IGNORE, ConfigError, DataError, DatasetNotFoundError
 from rs_mtl.data.datasets import Kept
 from rs_mtl.data.label_splits import Part, class_counts, count_of, divide, label_split, parse_fraction, place_names, read_split, shuffled, write_split
 from rs_mtl.data.pairs import Pairs
+from rs_mtl.layers.encoder import statistics_kept
 from rs_mtl.layers.masking import Masking
 from rs_mtl.training.checkpoint import read_pair
 from rs_mtl.training.fit import evaluate, fit
 from rs_mtl.training.losses import Objective
-from rs_mtl.training.semi import METHODS, SENSORS, Target, answering, consensus, evened, judged, look, paste, pseudo_loss, ramped, semi_objective, share_loss, statistics_kept
+from rs_mtl.training.semi import METHODS, SENSORS, Target, answering, consensus, evened, judged, look, paste, pseudo_loss, ramped, semi_objective, share_loss
 from rs_mtl.worlds.land import Land
 
 HERE = Path(__file__).parent

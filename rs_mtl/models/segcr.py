@@ -7,8 +7,7 @@ __all__ = ['SEES', 'View', 'Simulated', 'Restore', 'SegCR']
 
 # %% ../../nbs/models/54_segcr.ipynb #9a7542ba
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from ..core import ConfigError, DataError
 from ..layers.cloud_impact import CloudImpact
 from ..layers.decoder import HEADS, Head, Stem, ToFull, resize
-from ..layers.encoder import Encoder
+from ..layers.encoder import Encoder, statistics_kept
 from ..layers.fusion import ConcatFusion, TargetedFusion
 from ..layers.translation import Translator
 from .dllr import TopDown
@@ -79,15 +78,6 @@ class Restore(nn.Module):
 
 # %% ../../nbs/models/54_segcr.ipynb #e4eb6c63
 SEES = {'impact': ('image', 'sar'), 'concat': ('image', 'sar'), 'image': ('image',), 'sar': ('sar',)}
-
-@contextmanager
-def _statistics_kept(net: nn.Module) -> Iterator[None]:
-    "For a while, batch norms learn no running statistics."
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats and m.training]
-    for m in norms: m.track_running_stats = False
-    try: yield
-    finally:
-        for m in norms: m.track_running_stats = True
 
 # %% ../../nbs/models/54_segcr.ipynb #bc5ceb36
 class SegCR(MultiTaskNet):
@@ -193,7 +183,7 @@ class SegCR(MultiTaskNet):
                 ) -> dict[str, Tensor]:         # by the names of the simulated features; without gradient
         "What the optical encoder says of a clear image: what radar should learn to say."
         if 'image' not in self.view: raise ConfigError('features of a clear image from a net without an optical encoder', "fusion='impact', 'concat' or 'image'")
-        with _statistics_kept(self.view['image']):
+        with statistics_kept(self.view['image']):
             levels = self.view['image'](pad_to(self.normalise['image'](clear, valid), self.multiple))
         return {k: f[..., :clear.shape[-2], :clear.shape[-1]] for k, f in self.named(levels).items()}
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..core import IGNORE, ConfigError, valid_key
 from ..labels.reassignment import Reassigner
 from ..layers.complementary import complementary_loss
+from ..layers.encoder import statistics_kept
 from ..layers.masking import Masking
-from .semi import SlowCopy, Target, consensus, judged, look, need_heads, pseudo_loss, statistics_kept, taught
+from .semi import SlowCopy, Target, consensus, judged, look, need_heads, pseudo_loss, taught
 
 # %% ../../nbs/training/66_dllr.ipynb #735018c1
 SOURCES: dict[str, dict[str, tuple[str, ...]]] = {  # form of consistency -> head -> who teaches it
