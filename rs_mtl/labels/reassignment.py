@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'Assigned', 'checked', 'decided', 'spread', 'picked', 'Memory', 'cell_mean', 'regions', 'blended',
-           'tile_prior', 'held', 'Assigner', 'settle', 'Informed', 'Reassigner']
+           'tile_prior', 'held', 'Assigner', 'settle', 'Informed', 'Advised', 'Reassigner']
 
 # %% ../../nbs/labels/41_reassignment.ipynb #4283af8e
 import math
@@ -260,16 +260,6 @@ class Informed(Assigner):
         if not self.seen_tiles: return self.anchor
         return (1 - self.floor)*self.moving + self.floor*self.anchor
 
-    @property
-    def need(self) -> Tensor: # (C,) float64
-        "How much more there is of a class in the labelled pixels than among the net's best classes, as a log ratio; near 0 as long as few tiles are seen."
-        n = self.seen_tiles.clamp(max=self.horizon)
-        return (self.anchor*(n + self.doubt)/(self.given*n + self.anchor*self.doubt)).log()
-
-    def guarded(self, offset: Tensor) -> Tensor: # (B,C), also comes out
-        "Offsets of the classes that labelled pixels do not speak against."
-        return held(offset, self.need) if self.guard and self.tiles else offset
-
     def remember(self, rows: Tensor, weight: Tensor) -> None: # (B,n,C), (B,n)
         "Move the estimates of the class shares: by probability, and by best class."
         tiles = weight.mean(1).sum().double()
@@ -279,6 +269,19 @@ class Informed(Assigner):
         pace = float((tiles/self.seen_tiles.clamp(max=self.horizon)).clamp(max=1))
         self.moving.lerp_(mean(rows.double().softmax(-1)), pace)
         self.given.lerp_(mean(F.one_hot(rows.argmax(-1), self.classes)), pace)
+
+# %% ../../nbs/labels/41_reassignment.ipynb #3b0dd1e6
+class Advised(Informed):
+    "And what labelled pixels say of the net: which classes it gives too seldom, and how it errs."
+    @property
+    def need(self) -> Tensor: # (C,) float64
+        "How much more there is of a class in the labelled pixels than among the net's best classes, as a log ratio; near 0 as long as few tiles are seen."
+        n = self.seen_tiles.clamp(max=self.horizon)
+        return (self.anchor*(n + self.doubt)/(self.given*n + self.anchor*self.doubt)).log()
+
+    def guarded(self, offset: Tensor) -> Tensor: # (B,C), also comes out
+        "Offsets of the classes that labelled pixels do not speak against."
+        return held(offset, self.need) if self.guard and self.tiles else offset
 
     def compare(self, labels: Tensor, logits: Tensor, known: Tensor) -> None:
         "The prices that carry the net's answers on labelled pixels over to the true shares."
@@ -294,7 +297,7 @@ class Informed(Assigner):
             self.bias.copy_(settle(m.rows, m.weight, truth/truth.sum(), 1., self.trust, self.bias).dual)
 
 # %% ../../nbs/labels/41_reassignment.ipynb #3fc40fc2
-class Reassigner(Informed):
+class Reassigner(Advised):
     "Multi-level label reassignment by optimal transport."
     def transport(self, kept: str, rows: Tensor, weight: Tensor, price: Tensor) -> Tensor: # (C,) prices, also written to `price`
         "Fit the prices on this batch, and on the memory where there is one."
