@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from ..core import LAYERS, ConfigError, DataError, _closest, valid_key
+from .windows import Epochs
 from ..worlds.clouds import band_optics
 
 # %% ../../nbs/data/25_augment.ipynb #78064a2a
@@ -375,30 +375,18 @@ def cutmix(batch: Mapping[str, Any], seed: int | Sequence[int], share: tuple[flo
     return draw_mix(batch, seed, share)(batch)
 
 # %% ../../nbs/data/25_augment.ipynb #622af9f4
-class Augmented(Dataset):
+class Augmented(Epochs):
     "A data set whose samples are augmented, differently in every epoch."
+    inside = ('dataset',)
     def __init__(self,
                  dataset: Any,                  # a data set of samples
                  augment: Augment | str,        # or one of `AUGMENTS` by name
                  seed: int = 0):
+        super().__init__()
         how = named(augment) if isinstance(augment, str) else augment
         if not isinstance(how, Augment): raise ConfigError(f'augment={augment!r}', "an `Augment`, 'geometry' or 'full'", 'use the data set itself for none')
         if seed < 0: raise ConfigError(f'seed={seed}', '0 or more')
         self.dataset, self.augment, self.seed = dataset, _with_bands(how, dataset), int(seed)
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        "Draw anew; workers that run already hear of it."
-        if epoch < 0: raise ConfigError(f'epoch={epoch}', '0 or more')
-        self._epoch.fill_(epoch)
-        if hasattr(self.dataset, 'set_epoch'): self.dataset.set_epoch(epoch)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if not self._epoch.is_shared(): self._epoch = self._epoch.clone().share_memory_()  # a copy has an epoch of its own
-
-    @property
-    def epoch(self) -> int: return int(self._epoch)
 
     @property
     def treatment(self) -> str: # `fit` remembers it: a run that is resumed with something else is told so

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from ..core import ConfigError, DataError, valid_key
+from .windows import Epochs
 from ..worlds.clouds import BANDS, SKIES, simulate_clouds
 
 # %% ../../nbs/data/27_clouded.ipynb #e446bc18
@@ -27,8 +27,9 @@ def cloud_bands(names: Sequence[str] # the bands of a data set
     return found if found and all(n in BANDS for n in found) else None
 
 # %% ../../nbs/data/27_clouded.ipynb #16695b3a
-class Clouded(Dataset):
+class Clouded(Epochs):
     "A data set with clouds over its clear images."
+    inside = ('data',)
     def __init__(self,
                  data: Any,                                     # a data set whose samples hold `clear`, or an `image` without clouds
                  cover: float | tuple[float, float] = (0., .9), # share of the sky; a pair: drawn between the two
@@ -38,6 +39,7 @@ class Clouded(Dataset):
                  gsd: float = 10.,                              # metres per pixel; 10 gives clouds that suit a window of any sensor
                  end_member: Sequence[float] | None = None,     # value of thick cloud in each band, for images that are no reflectance
                  wavelengths: Sequence[float] | None = None):   # micrometres of each band, where their names say nothing
+        super().__init__()
         self.data, self.seed, self.fixed, self.gsd = data, int(seed), bool(fixed), float(gsd)
         self.cover: tuple[float, ...] = (float(cover), float(cover)) if isinstance(cover, (int, float)) else tuple(float(c) for c in cover)
         self.sky = (sky,) if isinstance(sky, str) else tuple(sky)
@@ -45,22 +47,8 @@ class Clouded(Dataset):
         if len(self.cover) != 2 or not 0 <= self.cover[0] <= self.cover[1] <= 1: raise ConfigError(f'cover={cover}', 'a share from 0 to 1, or two of them, the smaller first')
         if wrong := [s for s in self.sky if s not in SKIES] or ([] if self.sky else ['']): raise ConfigError(f'there is no sky {wrong[0]!r}', f'one or more of {", ".join(SKIES)}')
         if seed < 0: raise ConfigError(f'seed={seed}', '0 or more')
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int: return len(self.data)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if not self._epoch.is_shared(): self._epoch = self._epoch.clone().share_memory_()  # a copy is on its own
-
-    @property
-    def epoch(self) -> int: return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        "Other clouds, unless they are fixed; workers that run already hear of it."
-        if epoch < 0: raise ConfigError(f'epoch={epoch}', '0 or more')
-        self._epoch.fill_(epoch)
-        if hasattr(self.data, 'set_epoch'): self.data.set_epoch(epoch)
 
     @property
     def treatment(self) -> str: # `fit` remembers it: a run that is resumed with other clouds is told so

@@ -11,11 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
 from ..core import ConfigError, DataError, RsMtlError, valid_key
 from .augment import STRONG, Augment, _with_bands, named
+from .windows import Epochs
 
 # %% ../../nbs/data/27_pairs.ipynb #29dd75b2
 def cycled(n: int,              # items of the stream
@@ -52,8 +51,10 @@ def looks(sample: Mapping[str, Any],      # an unlabelled pair
     return out
 
 # %% ../../nbs/data/27_pairs.ipynb #38633c24
-class Pairs(Dataset):
+class Pairs(Epochs):
     "Items that hold a labelled sample and an unlabelled pair in several looks."
+    inside = ('labelled', 'unlabelled')
+    forgotten = ('_order',)
     def __init__(self,
                  labelled: Any,                         # a data set of samples with a mask
                  unlabelled: Any,                       # a data set of samples; a mask is not looked at
@@ -64,13 +65,13 @@ class Pairs(Dataset):
                  count: int = 1,                        # strong looks, 1 or 2
                  truth: bool = False,                   # keep the mask of unlabelled places as `u_mask`, to measure with
                  seed: int = 0):
+        super().__init__()
         if count not in (1, 2): raise ConfigError(f'count={count} strong looks', '1 or 2')
         if seed < 0: raise ConfigError(f'seed={seed}', '0 or more')
         how = named(augment) if isinstance(augment, str) else augment
         self.labelled, self.unlabelled, self.inputs, self.layers = labelled, unlabelled, tuple(inputs), tuple(layers)
         self.augment, self.strong = how and _with_bands(how, labelled), _with_bands(strong, unlabelled)
         self.count, self.truth, self.seed = count, truth, int(seed)
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._order: tuple[int, np.ndarray, np.ndarray] | None = None
         self._check()
 
@@ -87,22 +88,6 @@ class Pairs(Dataset):
             if bands[0] != bands[1]: raise DataError(f'{k} has {bands[0]} bands in labelled places and {bands[1]} in unlabelled ones', 'the same bands in both', 'select the bands when opening the data sets')
 
     def __len__(self) -> int: return max(len(self.labelled), len(self.unlabelled))
-    def __getstate__(self) -> dict[str, Any]: return self.__dict__ | {'_order': None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if not self._epoch.is_shared(): self._epoch = self._epoch.clone().share_memory_()  # a copy is on its own
-
-    @property
-    def epoch(self) -> int: return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        "Other orders and other looks; workers that run already hear of it."
-        if epoch < 0: raise ConfigError(f'epoch={epoch}', '0 or more')
-        self._epoch.fill_(epoch)
-        for data in (self.labelled, self.unlabelled):
-            if hasattr(data, 'set_epoch'): data.set_epoch(epoch)
-
     @property
     def treatment(self) -> str: # `fit` remembers it: a run that is resumed with other labels is told so
         "How the streams are made, in words."
