@@ -19,7 +19,7 @@ from rs_mtl.core import IGNORE, ConfigError, DataError, DatasetNotFoundError
 from rs_mtl.data.datasets import Kept
 from rs_mtl.data.label_splits import Part, class_counts, count_of, divide, label_split, parse_fraction, place_names, read_split, shuffled, write_split
 from rs_mtl.data.pairs import Pairs
-from rs_mtl.layers.encoder import statistics_kept
+from rs_mtl.layers.encoder import statistics_kept, statistics_used
 from rs_mtl.layers.masking import Masking
 from rs_mtl.training.checkpoint import read_pair
 from rs_mtl.training.fit import evaluate, fit
@@ -102,7 +102,15 @@ def test_two_processes_with_other_hash_seeds_draw_the_same():
     hashes = {subprocess.run([sys.executable, '-c', code], env=ENV | {'PYTHONHASHSEED': s}, capture_output=True, text=True, check=True).stdout for s in ('1', '2')}
     assert hashes == {label_split([f'scene {i}' for i in range(99)], .0625, 3).hash + '\n'}
 
+def test_a_few_pixels_of_a_class_do_not_pass_for_it():
+    places = shuffled(['a', 'b', 'c', 'd'])
+    held = [[90, 2, 9], [90, 0, 8], [90, 40, 9], [90, 60, 1]]          # a corner of the second class in the first place; the third class is thin everywhere
+    assert label_split(places, 1, histograms=held, least=1).labelled == (places[0],)
+    assert label_split(places, 2, histograms=held).labelled == (places[0], places[2]) or label_split(places, 1, histograms=held).labelled == (places[2],)
+    assert label_split(places, 1, histograms=held).swapped == (places[2],)
+
 def test_a_class_that_is_nowhere_is_named():
+    with pytest.raises(DataError, match="no place of 2 holds 9 pixels of 'field', 'road'"): label_split(['a', 'b'], 1, histograms=[[5, 0], [5, 0]], classes=('field', 'road'), least=9)
     with pytest.raises(DataError, match="no place of 2 holds 1 pixels of 'road'"): label_split(['a', 'b'], 1, histograms=[[5, 0], [5, 0]], classes=('field', 'road'))
     with pytest.warns(UserWarning, match="'road'"): assert len(label_split(['a', 'b'], 1, histograms=[[5, 0], [5, 0]], classes=('field', 'road'), absent='warn').labelled) == 1
 
@@ -229,10 +237,12 @@ def test_workers_do_not_change_the_result(name):
 
 @pytest.mark.parametrize('name', ALL)
 def test_each_method_lowers_its_loss_and_says_what_it_taught(name, data):
-    net, run = train(name, data, steps=None, epochs=8, lr=.02, options={} if name == 'supervised' else {'ramp': .5})
+    net, run = train(name, data, steps=None, epochs=8, lr=.02, options={} if name == 'supervised' else {'ramp': .5, 'alone': .25})
     first, last = run.history[0], run.history[-1]
     assert last['loss_mask'] < .9*first['loss_mask'] and last['loss_mask_sar'] < first['loss_mask_sar']
     if name == 'supervised': return
+    assert [r['unlabelled_weight'] == 0 for r in run.history] == ['right' not in r for r in run.history] == [True]*2 + [False]*6
+    first = run.history[2]
     assert first['unlabelled_weight'] < .2*last['unlabelled_weight'] and last['loss_pseudo'] > 0
     assert sum(last[f'pseudo_{c}'] for c in data.classes) == pytest.approx(1, abs=1e-4) and 0 < last['kept'] <= 1.0001
     assert first['right'] < last['right'] <= 1 and last['right'] > .5
@@ -412,19 +422,39 @@ def test_reassignment_comes_before_boxes(batch, monkeypatch):
         how.learn(net.train(), batch)
     assert order == ['targets', 'paste']*3
 
-def test_running_statistics_are_those_of_labelled_pictures(batch):
-    def stats(name):
-        net, how = two(), method(name, **({} if name == 'supervised' else {'ramp': 0.}))
+def test_running_statistics_are_those_of_labelled_pictures_until_pseudo_labels_count(batch):
+    def stats(name, steps):
+        net, how = two(), method(name, **({} if name == 'supervised' else {'ramp': 0., 'alone': .5}))
         how.begin(net)
-        how.learn(net.train(), batch)
+        for step in range(steps):
+            how.before_step(step, 2)
+            how.learn(net.train(), batch)
         return {k: v for k, v in net.state_dict().items() if 'running' in k or 'tracked' in k}
-    first = stats('supervised')
-    assert first and all(same(first, stats(n)) for n in ALL)
+    first, second = (stats('supervised', n) for n in (1, 2))
+    assert first and not same(first, second)
+    assert all(same(first, stats(n, 1)) and same(first, stats(n, 2)) for n in ALL if n != 'supervised')
+
+def test_once_pseudo_labels_count_every_net_answers_as_in_use(batch):
+    for name in (n for n in ALL if n != 'supervised'):
+        for alone, settled in ((0., True), (.5, False)):
+            net, how, modes = two(), method(name, ramp=0., alone=alone), set()
+            how.begin(net)
+            how.before_step(1, 10)
+            for m in net.modules():
+                if isinstance(m, torch.nn.BatchNorm2d): m.register_forward_hook(lambda m, args, out: modes.add(m.training))
+            losses = how.learn(net.train(), batch)
+            assert modes == {not settled} and (losses['unlabelled_weight'] > 0) == settled and all(m.training for m in net.modules())
+
+def test_the_share_of_the_labels_comes_first_and_the_weight_rises_after_it():
+    how = method('cps', alone=.4, ramp=.5)
+    def weight(step): how.before_step(step, 100); return how.unlabelled_weight
+    assert [weight(s) for s in (0, 39)] == [0, 0] and weight(40) == ramped(0, 60, .5) and weight(55) == ramped(15, 60, .5) and weight(70) == weight(99) == 1
+    assert method('cps', alone=1.).unlabelled_weight == 1     # nobody said how many steps there are
 
 def test_what_was_switched_for_a_while_is_switched_back_even_after_an_error():
     net = two().train()
     net.image[1].eval()
-    for how in (answering, statistics_kept):
+    for how in (answering, statistics_kept, statistics_used):
         with pytest.raises(RuntimeError, match='boom'), how(net): raise RuntimeError('boom')
     assert net.training and not net.image[1].training and not net.all_heads
     assert all(m.track_running_stats for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)) and torch.is_grad_enabled()
@@ -501,7 +531,7 @@ def test_only_the_strong_look_is_masked_and_both_sensors_differently(batch):
 @pytest.mark.parametrize('only', [dict(cutmix=0.), dict(masking=None, cutmix=1.)])
 def test_masks_and_boxes_change_from_step_to_step_and_from_rank_to_rank_but_not_from_run_to_run(batch, only):
     def total(step=0, rank=0, seed=0):
-        net, how = two(), semi_objective('dllr', ramp=0., **only)
+        net, how = two(), semi_objective('dllr', ramp=0., alone=0., **only)
         how.begin(net, seed, rank)
         how.before_step(step, 10)
         return how.learn(net.train(), batch)['total'].item()
@@ -580,7 +610,7 @@ TINY = {'quick': True, 'encoder': 'mobilenetv3_small_050', 'options': 'width=8,f
 
 def test_a_run_with_a_share_of_the_labels_trains_dllr_and_leaves_its_split(tmp_path):
     from rs_mtl.apply.runs import run
-    run('train', tmp_path/'a', model='dllr', data='land', labels='1/4', out=str(tmp_path/'a'), **TINY)
+    run('train', tmp_path/'a', model='dllr', data='land', labels='1/4', method_options='alone=0', out=str(tmp_path/'a'), **TINY)
     metrics = json.loads((tmp_path/'a'/'metrics.json').read_text())
     split = read_split(tmp_path/'a'/'labels.json')
     assert (metrics['parameters']['method'], metrics['parameters']['inputs'], metrics['labels']['sha256']) == ('dllr', 'image,sar', split.hash)

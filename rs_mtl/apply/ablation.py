@@ -138,7 +138,7 @@ def train_row(variant: str,                       # its name
     scores: dict[str, Any] = {}
     row: dict[str, Any] = {'variant': variant, **({'labels': labels} if labels else {}), 'seed': seed, 'trained': trained, 'params': 0, 'seconds': 0.}
     for i, difference in enumerate(nets):
-        net, objective, lesson = _pupil(dict(common) | dict(difference), seed)
+        net, objective, lesson = _pupil(dict(common) | dict(difference), seed, bool(begin))
         train = data['train'](lesson, labels, seed) if callable(data['train']) else data['train']
         if begin: start_from(net, _begun(begin, start or dict(difference) | {'lesson': {'method': 'supervised'}}, seed, data, folder, common, labels, how))
         run = fit(net, train, data['val'], objective=objective, seed=seed, out=place/f'net-{i}', resume=True, **how)
@@ -168,8 +168,9 @@ def _begun(steps: int, difference: Mapping[str, Any], seed: int, data: Mapping[s
 SHORT = {'miou': 'miou', 'mf1': 'mf1', 'oa': 'oa', 'miou_cloudy': 'miou_cloudy', 'miou_overcast': 'miou_overcast', 'rmse': 'height_rmse', 'mae': 'height_mae', 'rmse_tall': 'height_rmse_tall', 'delta1': 'height_delta1',
          'psnr': 'clear_psnr', 'psnr_cloudy': 'clear_psnr_cloudy', 'psnr_overcast': 'clear_psnr_overcast', 'ssim': 'clear_ssim', 'sam': 'clear_sam', 'impact_mae': 'cloud_impact_mae', 'impact_auroc': 'cloud_impact_auroc', 'impact_on_clear': 'cloud_impact_on_clear'}
 
-def _pupil(config: dict[str, Any], seed: int) -> tuple[Any, Any, dict[str, Any]]: # net, objective, lesson
+def _pupil(config: dict[str, Any], seed: int, begun: bool = False) -> tuple[Any, Any, dict[str, Any]]: # net, objective, lesson
     "What a variant trains."
+    if begun and 'lesson' in config: config['lesson'] = {'alone': 0.} | config['lesson']   # the labels had their share
     lesson, model, balance = dict(config.pop('lesson', {})), config.pop('model'), config.pop('balance', 0.)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -55,18 +55,22 @@ def with_every_class(order: Sequence[str],             # as `shuffled` gives it
     rest = [name for i, name in enumerate(order) if i not in front]
     return [order[i] for i in sorted(front)] + rest, len(front)
 
-def _holds(names: Sequence[str], histograms: Any, classes: Sequence[str], least: int, absent: str) -> dict[str, np.ndarray]:
+def _holds(names: Sequence[str], histograms: Any, classes: Sequence[str], least: int | None, absent: str) -> dict[str, np.ndarray]:
     "Which class each place holds; complains about one that no place holds."
     import warnings
     table = np.asarray(histograms)
     if table.ndim != 2 or len(table) != len(names): raise ConfigError(f'histograms of shape {table.shape} for {len(names)} places', '(places, classes)', 'count them with class_counts')
     if classes and len(classes) != table.shape[1]: raise ConfigError(f'histograms of {table.shape[1]} classes and {len(classes)} class names', 'as many names as classes')
-    held = table >= least
+    held = table >= (_half_of_usual(table) if least is None else least)
     if lost := [_class(c, classes) for c in np.flatnonzero(~held.any(0)).tolist()]:
-        told = DataError(f'no place of {len(names)} holds {least} pixels of {", ".join(lost)}', 'every class in at least one place', "take more places or fewer pixels with least=; absent='warn' goes on without that class")
+        told = DataError(f'no place of {len(names)} holds {least or 1} pixels of {", ".join(lost)}', 'every class in at least one place', "take more places or fewer pixels with least=; absent='warn' goes on without that class")
         if absent == 'error': raise told
         warnings.warn(str(told), stacklevel=3)
     return dict(zip(names, held, strict=True))
+
+def _half_of_usual(table: np.ndarray) -> np.ndarray: # (places, classes) pixels -> (classes,)
+    "Half the pixels that a place holds of a class on average, where it holds any."
+    return np.maximum(1, np.ceil(table.sum(0)/np.maximum(1, (table > 0).sum(0))/2))
 
 def _class(c: int, classes: Sequence[str]) -> str: return repr(classes[c]) if classes else f'class {c}'
 
@@ -93,7 +97,7 @@ def label_split(names: Sequence[str],                # of scenes, or of tiles wh
                 seed: int = 0,
                 histograms: Any = None,              # (places, classes) pixels, to see that no class is missing; None: nobody looks
                 classes: Sequence[str] = (),         # their names, for messages
-                least: int = 1,                      # pixels of a class that count as holding it
+                least: int | None = None,            # pixels of a class that count as holding it; None: half of what is usual where it occurs
                 absent: str = 'error'                # a class that is nowhere: 'error' or 'warn'
                ) -> Split:
     "Draw the places that keep their labels."
@@ -195,9 +199,10 @@ def divide(data: Any,                           # a data set of samples with a m
            fraction: str | float | int | Split, # share of the places that keeps its labels; or a split that was drawn
            seed: int = 0,
            absent: str = 'error',               # a class that is nowhere: 'error' or 'warn'
-           every_class: bool = True             # see that each class has its place
+           every_class: bool = True,            # see that each class has its place
+           least: int | None = None             # pixels of a class that count as holding it; None: half of what is usual where it occurs
           ) -> tuple[Any, Any, Split]:          # the labelled part, the others, and the draw
     "Cut a data set into the places that keep their labels and those that do not."
-    split = _fits(fraction, place_names(data), fraction.hash[:16]) if isinstance(fraction, Split) else label_split(place_names(data), fraction, seed, class_counts(data) if every_class else None, data.classes, absent=absent)
+    split = _fits(fraction, place_names(data), fraction.hash[:16]) if isinstance(fraction, Split) else label_split(place_names(data), fraction, seed, class_counts(data) if every_class else None, data.classes, least, absent)
     if not split.unlabelled: raise ConfigError(f'labels={split.fraction} keeps every label of {len(place_names(data))} places', 'a smaller share', "labels='1/2', or train without a method for unlabelled places")
     return take(data, split.labelled, str(split)), take(data, split.unlabelled, str(split)), split

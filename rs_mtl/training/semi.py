@@ -10,7 +10,7 @@ __all__ = ['SENSORS', 'METHODS', 'look', 'judged', 'answering', 'Target', 'conse
 # %% ../../nbs/training/65_semi.ipynb #26db6c41
 import copy, warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ..core import IGNORE, ConfigError, Registry, _closest, valid_key
 from ..data.augment import Mix, draw_mix
-from ..layers.encoder import Encoder, statistics_kept
+from ..layers.encoder import Encoder, statistics_kept, statistics_used
 from .losses import Objective, rarity
 
 # %% ../../nbs/training/65_semi.ipynb #762de246
@@ -126,8 +126,8 @@ def _pasted(mix: Mix, target: Target) -> Target:
     return Target(**mix({f.name: getattr(target, f.name) for f in fields(target)}))  # what is None stays
 
 # %% ../../nbs/training/65_semi.ipynb #70cabf0a
-def ramped(step: int,        # the step to come, from 0
-           steps: int,       # how many there are; 0: nobody knows, and the weight is full
+def ramped(step: float,      # the step to come, from 0
+           steps: float,     # how many there are; 0: nobody knows, and the weight is full
            share: float = .2 # of the steps, over which the weight rises
           ) -> float:        # 0..1
     "A weight that rises to 1."
@@ -139,24 +139,25 @@ def ramped(step: int,        # the step to come, from 0
 class Labelled(nn.Module):
     "Supervised learning on the labelled half of a batch."
     teaches = False                                                # whether the unlabelled half is used
-    told: tuple[str, ...] = ('weight', 'ramp', 'heads', 'cutmix')  # options that a resumed run compares
+    told: tuple[str, ...] = ('weight', 'ramp', 'alone', 'heads', 'cutmix')  # options that a resumed run compares
 
     def __init__(self,
                  tasks: Sequence[str] = ('mask',), # what is learned from labels
                  *,
                  weight: float = 1.,               # of the unlabelled half
-                 ramp: float = .2,                 # share of the steps over which that weight rises
+                 ramp: float = .2,                 # share of its steps over which that weight rises
+                 alone: float = .4,                # share of the steps that belong to the labels alone; 0 where the net comes trained
                  heads: float = .4,                # weight of the single sensors' heads, where a net has them
                  cutmix: float = .5,               # share of strong looks that get a box of another
                  weighting: str = 'fixed',         # of several tasks: 'fixed' or 'uncertainty'
                  balance: float = 0.,              # how much more rare classes count among the labels: 0 not, 1 all classes alike
                  patience: int = 100):             # steps of one-class pseudo-labels before a warning
         super().__init__()
-        for name, value, high in (('weight', weight, float('inf')), ('ramp', ramp, 1.), ('heads', heads, float('inf')), ('cutmix', cutmix, 1.)):
+        for name, value, high in (('weight', weight, float('inf')), ('ramp', ramp, 1.), ('alone', alone, 1.), ('heads', heads, float('inf')), ('cutmix', cutmix, 1.)):
             if not 0 <= value <= high or value == float('inf'): raise ConfigError(f'{name}={value}', f'a number from 0 to {high:g}' if high < float('inf') else 'a finite number of at least 0')
         if 'mask' not in tasks: raise ConfigError(f'tasks {", ".join(tasks)}', "'mask' among them", 'pseudo-labels are classes')
         self.labels = Objective(tasks, weighting=weighting, balance=balance)
-        self.weight, self.ramp, self.heads, self.cutmix, self.patience = weight, ramp, heads, cutmix, patience
+        self.weight, self.ramp, self.alone, self.heads, self.cutmix, self.patience = weight, ramp, alone, heads, cutmix, patience
         self.names: tuple[str, ...] = ()
         self.seed = self.rank = self.step = self.steps = self.stuck = 0
 
@@ -228,17 +229,24 @@ class SemiObjective(Counted):
 
     def learn(self, net: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "Losses of one step, 'total', and the numbers of this step."
-        out = net(look(batch, ''))
-        losses = self(out, batch)
-        if not self.teaches: return losses
-        self.watch(out, batch)
-        weight = self.weight*ramped(self.step, self.steps, self.ramp)
-        found, numbers = self.unlabelled(net, batch) if weight else ({}, {})
+        weight = self.unlabelled_weight
+        with statistics_used(net) if weight else nullcontext():
+            out = net(look(batch, ''))
+            losses = self(out, batch)
+            if not self.teaches: return losses
+            self.watch(out, batch)
+            found, numbers = self.unlabelled(net, batch) if weight else ({}, {})
         extra = sum((self.parts[k]*v for k, v in found.items()), torch.zeros_like(losses['total']))
         top = _shares(batch['mask'], len(self.names)).max()
         blank = torch.zeros_like(top)
         numbers = dict.fromkeys(('kept', *(f'pseudo_{c}' for c in self.names)), blank) | numbers | {'unlabelled_weight': torch.full_like(top, weight), 'label_top': top}
         return losses | {k: found.get(k, blank) for k in self.parts} | numbers | {'total': losses['total'] + weight*extra if weight else losses['total']}
+
+    @property
+    def unlabelled_weight(self) -> float:
+        "What the unlabelled half counts in this step."
+        first = self.alone*self.steps
+        return self.weight*ramped(self.step - first, self.steps - first, self.ramp) if self.teaches and self.step >= first else 0.
 
     def watch(self, out: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> None:
         "A look at the answers for labelled samples, for methods that learn from those how to label."
