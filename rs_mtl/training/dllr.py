@@ -105,7 +105,7 @@ class DLLR(Assigning):
         if self.hides is not None: seen = self.hides(seen, _seed(self.seed, self.step, self.rank, 9))
         with statistics_kept(net): out = net(seen)
         need_heads(out, 'dllr')
-        losses = {'pseudo': self.headed({h: pseudo_loss(out[h], t, self.labels.balance) for h, t in targets.items()})} if targets else {}
+        losses = {'pseudo': self.headed({h: pseudo_loss(out[h], t, self.evening) for h, t in targets.items()})} if targets else {}
         if self.complementary: losses['complementary'] = self.lesson(out, seen)
         return losses
 

@@ -139,7 +139,7 @@ def ramped(step: float,      # the step to come, from 0
 class Labelled(nn.Module):
     "Supervised learning on the labelled half of a batch."
     teaches = False                                                # whether the unlabelled half is used
-    told: tuple[str, ...] = ('weight', 'ramp', 'alone', 'heads', 'cutmix')  # options that a resumed run compares
+    told: tuple[str, ...] = ('weight', 'ramp', 'alone', 'evening', 'heads', 'cutmix')  # options that a resumed run compares
 
     def __init__(self,
                  tasks: Sequence[str] = ('mask',), # what is learned from labels
@@ -151,12 +151,14 @@ class Labelled(nn.Module):
                  cutmix: float = .5,               # share of strong looks that get a box of another
                  weighting: str = 'fixed',         # of several tasks: 'fixed' or 'uncertainty'
                  balance: float = 0.,              # how much more rare classes count among the labels: 0 not, 1 all classes alike
+                 evening: float | None = None,     # the same among pseudo-labels; None: half of `balance`
                  patience: int = 100):             # steps of one-class pseudo-labels before a warning
         super().__init__()
-        for name, value, high in (('weight', weight, float('inf')), ('ramp', ramp, 1.), ('alone', alone, 1.), ('heads', heads, float('inf')), ('cutmix', cutmix, 1.)):
+        for name, value, high in (('weight', weight, float('inf')), ('ramp', ramp, 1.), ('alone', alone, 1.), ('evening', balance/2 if evening is None else evening, 1.), ('heads', heads, float('inf')), ('cutmix', cutmix, 1.)):
             if not 0 <= value <= high or value == float('inf'): raise ConfigError(f'{name}={value}', f'a number from 0 to {high:g}' if high < float('inf') else 'a finite number of at least 0')
         if 'mask' not in tasks: raise ConfigError(f'tasks {", ".join(tasks)}', "'mask' among them", 'pseudo-labels are classes')
         self.labels = Objective(tasks, weighting=weighting, balance=balance)
+        self.evening = balance/2 if evening is None else evening
         self.weight, self.ramp, self.alone, self.heads, self.cutmix, self.patience = weight, ramp, alone, heads, cutmix, patience
         self.names: tuple[str, ...] = ()
         self.seed = self.rank = self.step = self.steps = self.stuck = 0
@@ -273,7 +275,7 @@ class SemiObjective(Counted):
     def compare(self, net: nn.Module, seen: dict[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
         "Losses on a strong look."
         with statistics_kept(net): out = net(seen)
-        return {'pseudo': self.headed({h: pseudo_loss(out[h], t, self.labels.balance) for h, t in targets.items() if h in out})}
+        return {'pseudo': self.headed({h: pseudo_loss(out[h], t, self.evening) for h, t in targets.items() if h in out})}
 
     def besides(self, net: nn.Module, batch: Mapping[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
         "Losses on something else than strong looks."
@@ -329,7 +331,7 @@ class UniMatch(FixMatch):
 
     def besides(self, net: nn.Module, batch: Mapping[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
         with statistics_kept(net), channels_dropped(net, self.drop, (self.seed, self.step, self.rank, 8)): out = net(look(batch))
-        return {'feature': self.headed({h: pseudo_loss(out[h], t, self.labels.balance) for h, t in targets.items() if h in out})}
+        return {'feature': self.headed({h: pseudo_loss(out[h], t, self.evening) for h, t in targets.items() if h in out})}
 
 # %% ../../nbs/training/65_semi.ipynb #f21f91ea
 def need_heads(answers: Mapping[str, Tensor], method: str) -> None:
@@ -388,7 +390,7 @@ class MeanTeacher(SlowCopy):
 
     def compare(self, net: nn.Module, seen: dict[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
         with statistics_kept(net): out = net(seen)
-        return {'pseudo': self.headed({h: share_loss(out[h], t, self.labels.balance) for h, t in targets.items() if h in out})}
+        return {'pseudo': self.headed({h: share_loss(out[h], t, self.evening) for h, t in targets.items() if h in out})}
 
 def share_loss(logits: Tensor, target: Target, balance: float = 0.) -> Tensor:
     "Squared difference of probabilities, over all pixels that can be judged."
