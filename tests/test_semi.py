@@ -106,7 +106,6 @@ def test_a_few_pixels_of_a_class_do_not_pass_for_it():
     places = shuffled(['a', 'b', 'c', 'd'])
     held = [[90, 2, 9], [90, 0, 8], [90, 40, 9], [90, 60, 1]]          # a corner of the second class in the first place; the third class is thin everywhere
     assert label_split(places, 1, histograms=held, least=1).labelled == (places[0],)
-    assert label_split(places, 2, histograms=held).labelled == (places[0], places[2]) or label_split(places, 1, histograms=held).labelled == (places[2],)
     assert label_split(places, 1, histograms=held).swapped == (places[2],)
 
 def test_a_class_that_is_nowhere_is_named():

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..core import IGNORE, ConfigError, valid_key
 from ..labels.reassignment import Reassigner
 from ..layers.complementary import complementary_loss
-from ..layers.encoder import statistics_kept
 from ..layers.masking import Masking
 from .semi import SlowCopy, Target, consensus, judged, look, need_heads, pseudo_loss, taught
 
@@ -105,7 +104,7 @@ class DLLR(Assigning):
     def compare(self, net: nn.Module, seen: dict[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
         if not targets and not self.complementary: return {}
         if self.hides is not None: seen = self.hides(seen, _seed(self.seed, self.step, self.rank, 9))
-        with statistics_kept(net): out = net(seen)
+        out = net(seen)
         need_heads(out, 'dllr')
         losses = {'pseudo': self.headed({h: pseudo_loss(out[h], t, self.evening) for h, t in targets.items()})} if targets else {}
         if self.complementary: losses['complementary'] = self.lesson(out, seen)
@@ -122,4 +121,4 @@ class DLLR(Assigning):
     def besides(self, net: nn.Module, batch: Mapping[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
         if not self.mask_labelled or self.hides is None: return {}
         seen = self.hides(look(batch, ''), _seed(self.seed, self.step, self.rank, 10))
-        with statistics_kept(net): return {'masked': self(net(seen), batch)['total']}
+        return {'masked': self(net(seen), batch)['total']}

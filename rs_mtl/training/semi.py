@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ..core import IGNORE, ConfigError, Registry, _closest, valid_key
 from ..data.augment import Mix, draw_mix
-from ..layers.encoder import Encoder, statistics_kept, statistics_used
+from ..layers.encoder import Encoder, statistics_used
 from .losses import Objective, rarity
 
 # %% ../../nbs/training/65_semi.ipynb #762de246
@@ -145,7 +145,7 @@ class Labelled(nn.Module):
                  tasks: Sequence[str] = ('mask',), # what is learned from labels
                  *,
                  weight: float = 1.,               # of the unlabelled half
-                 ramp: float = .2,                 # share of its steps over which that weight rises
+                 ramp: float = .2,                 # share of the steps with pseudo-labels over which that weight rises
                  alone: float = .4,                # share of the steps that belong to the labels alone; 0 where the net comes trained
                  heads: float = .4,                # weight of the single sensors' heads, where a net has them
                  cutmix: float = .5,               # share of strong looks that get a box of another
@@ -274,7 +274,7 @@ class SemiObjective(Counted):
 
     def compare(self, net: nn.Module, seen: dict[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
         "Losses on a strong look."
-        with statistics_kept(net): out = net(seen)
+        out = net(seen)
         return {'pseudo': self.headed({h: pseudo_loss(out[h], t, self.evening) for h, t in targets.items() if h in out})}
 
     def besides(self, net: nn.Module, batch: Mapping[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
@@ -330,7 +330,7 @@ class UniMatch(FixMatch):
         self.drop = drop
 
     def besides(self, net: nn.Module, batch: Mapping[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
-        with statistics_kept(net), channels_dropped(net, self.drop, (self.seed, self.step, self.rank, 8)): out = net(look(batch))
+        with channels_dropped(net, self.drop, (self.seed, self.step, self.rank, 8)): out = net(look(batch))
         return {'feature': self.headed({h: pseudo_loss(out[h], t, self.evening) for h, t in targets.items() if h in out})}
 
 # %% ../../nbs/training/65_semi.ipynb #f21f91ea
@@ -389,7 +389,7 @@ class MeanTeacher(SlowCopy):
         return {h: replace(taught(consensus([a]), where[h]), shares=a.float().softmax(1)) for h, a in answers.items() if h in where}
 
     def compare(self, net: nn.Module, seen: dict[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
-        with statistics_kept(net): out = net(seen)
+        out = net(seen)
         return {'pseudo': self.headed({h: share_loss(out[h], t, self.evening) for h, t in targets.items() if h in out})}
 
 def share_loss(logits: Tensor, target: Target, balance: float = 0.) -> Tensor:
