@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SENSORS', 'METHODS', 'look', 'judged', 'answering', 'Target', 'consensus', 'taught', 'pseudo_loss', 'evened', 'paste',
-           'ramped', 'Labelled', 'Counted', 'SemiObjective', 'FixMatch', 'channels_dropped', 'UniMatch', 'need_heads',
-           'CPS', 'SlowCopy', 'MeanTeacher', 'share_loss', 'semi_objective']
+           'ramped', 'Labelled', 'Counted', 'Unlabelled', 'SemiObjective', 'FixMatch', 'channels_dropped', 'UniMatch',
+           'need_heads', 'CPS', 'SlowCopy', 'MeanTeacher', 'share_loss', 'semi_objective']
 
 # %% ../../nbs/training/65_semi.ipynb #26db6c41
 import copy, warnings
@@ -154,12 +154,12 @@ class Labelled(nn.Module):
                  evening: float | None = None,     # the same among pseudo-labels; None: half of `balance`
                  patience: int = 100):             # steps of one-class pseudo-labels before a warning
         super().__init__()
-        for name, value, high in (('weight', weight, float('inf')), ('ramp', ramp, 1.), ('alone', alone, 1.), ('evening', balance/2 if evening is None else evening, 1.), ('heads', heads, float('inf')), ('cutmix', cutmix, 1.)):
+        if evening is None: evening = balance/2
+        for name, value, high in (('weight', weight, float('inf')), ('ramp', ramp, 1.), ('alone', alone, 1.), ('evening', evening, 1.), ('heads', heads, float('inf')), ('cutmix', cutmix, 1.)):
             if not 0 <= value <= high or value == float('inf'): raise ConfigError(f'{name}={value}', f'a number from 0 to {high:g}' if high < float('inf') else 'a finite number of at least 0')
         if 'mask' not in tasks: raise ConfigError(f'tasks {", ".join(tasks)}', "'mask' among them", 'pseudo-labels are classes')
         self.labels = Objective(tasks, weighting=weighting, balance=balance)
-        self.evening = balance/2 if evening is None else evening
-        self.weight, self.ramp, self.alone, self.heads, self.cutmix, self.patience = weight, ramp, alone, heads, cutmix, patience
+        self.weight, self.ramp, self.alone, self.evening, self.heads, self.cutmix, self.patience = weight, ramp, alone, evening, heads, cutmix, patience
         self.names: tuple[str, ...] = ()
         self.seed = self.rank = self.step = self.steps = self.stuck = 0
 
@@ -223,32 +223,11 @@ class Counted(Labelled):
                           'the net may be teaching itself a single class: lower weight=, lengthen ramp=, or raise threshold=', stacklevel=2)
 
 # %% ../../nbs/training/65_semi.ipynb #e98ce998
-class SemiObjective(Counted):
-    "Supervised learning as it stands, and the base of methods that use the other half."
+class Unlabelled(Counted):
+    "What may be learned from the other half: who is asked, what is taught, what is compared."
     asks = True                                   # whether a weak look is asked about
     parts: Mapping[str, float] = {'pseudo': 1.}   # losses on the unlabelled half, and what each counts
     views: tuple[str, ...] = ('u_strong',)        # strong looks that are used
-
-    def learn(self, net: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        "Losses of one step, 'total', and the numbers of this step."
-        weight = self.unlabelled_weight
-        with statistics_used(net) if weight else nullcontext():
-            out = net(look(batch, ''))
-            losses = self(out, batch)
-            if not self.teaches: return losses
-            self.watch(out, batch)
-            found, numbers = self.unlabelled(net, batch) if weight else ({}, {})
-        extra = sum((self.parts[k]*v for k, v in found.items()), torch.zeros_like(losses['total']))
-        top = _shares(batch['mask'], len(self.names)).max()
-        blank = torch.zeros_like(top)
-        numbers = dict.fromkeys(('kept', *(f'pseudo_{c}' for c in self.names)), blank) | numbers | {'unlabelled_weight': torch.full_like(top, weight), 'label_top': top}
-        return losses | {k: found.get(k, blank) for k in self.parts} | numbers | {'total': losses['total'] + weight*extra if weight else losses['total']}
-
-    @property
-    def unlabelled_weight(self) -> float:
-        "What the unlabelled half counts in this step."
-        first = self.alone*self.steps
-        return self.weight*ramped(self.step - first, self.steps - first, self.ramp) if self.teaches and self.step >= first else 0.
 
     def watch(self, out: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> None:
         "A look at the answers for labelled samples, for methods that learn from those how to label."
@@ -284,6 +263,30 @@ class SemiObjective(Counted):
     def headed(self, losses: Mapping[str, Tensor]) -> Tensor:
         "One loss from those of several heads."
         return sum((loss if h == 'mask' else self.heads*loss for h, loss in losses.items()), torch.zeros_like(next(iter(losses.values()))))
+
+# %% ../../nbs/training/65_semi.ipynb #e98ce999
+class SemiObjective(Unlabelled):
+    "Supervised learning as it stands, and the base of methods that use the other half."
+    def learn(self, net: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "Losses of one step, 'total', and the numbers of this step."
+        weight = self.unlabelled_weight
+        with statistics_used(net) if weight else nullcontext():
+            out = net(look(batch, ''))
+            losses = self(out, batch)
+            if not self.teaches: return losses
+            self.watch(out, batch)
+            found, numbers = self.unlabelled(net, batch) if weight else ({}, {})
+        extra = sum((self.parts[k]*v for k, v in found.items()), torch.zeros_like(losses['total']))
+        top = _shares(batch['mask'], len(self.names)).max()
+        blank = torch.zeros_like(top)
+        numbers = dict.fromkeys(('kept', *(f'pseudo_{c}' for c in self.names)), blank) | numbers | {'unlabelled_weight': torch.full_like(top, weight), 'label_top': top}
+        return losses | {k: found.get(k, blank) for k in self.parts} | numbers | {'total': losses['total'] + weight*extra if weight else losses['total']}
+
+    @property
+    def unlabelled_weight(self) -> float:
+        "What the unlabelled half counts in this step."
+        first = self.alone*self.steps
+        return self.weight*ramped(self.step - first, self.steps - first, self.ramp) if self.teaches and self.step >= first else 0.
 
 # %% ../../nbs/training/65_semi.ipynb #b46e1552
 class FixMatch(SemiObjective):
