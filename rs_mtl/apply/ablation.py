@@ -42,7 +42,7 @@ class Plan:
     first: Mapping[str, Any] = field(default_factory=dict) # and what is drawn differently for it
     last: bool = False                                   # the net of the last step is scored, not that of the best validation epoch
 
-_CTME: dict[str, Any] = {'model': 'ctme', 'embedding': False, 'distillation': False, 'interaction': None}
+_CTME: dict[str, Any] = {'model': 'ctme', 'embedding': False, 'distillation': False, 'interaction': None, 'answers': False}
 
 ABLATIONS: dict[str, Plan] = {'ctme': Plan({
     'single-task pair': [{'model': 'plain', 'tasks': ('mask',)}, {'model': 'plain', 'tasks': ('height',)}],
@@ -51,8 +51,10 @@ ABLATIONS: dict[str, Plan] = {'ctme': Plan({
     'guess loss alone': [_CTME | {'embedding': 'aux'}],
     '+ embedding': [_CTME | {'embedding': True}],
     '+ distillation': [_CTME | {'distillation': True}],
-    '+ interaction': [_CTME | {'interaction': 'cross'}],
+    '+ interaction': [_CTME | {'interaction': 'cross', 'answers': True}],
     'full': [{'model': 'ctme'}],
+    'full, features alone': [{'model': 'ctme', 'answers': False}],
+    'full, answers alone': [{'model': 'ctme', 'interaction': None}],
     'full, joined, not asked': [{'model': 'ctme', 'interaction': 'concat'}],
     'full, own keys': [{'model': 'ctme', 'interaction': 'self'}],
 }, 'city', ('image',), ('mask', 'height'), {'miou': 'mIoU', 'rmse': 'height RMSE, m'}, 'single-task pair', 'ctme_ablation')}

@@ -8,6 +8,7 @@ __all__ = ['EMBEDDINGS', 'Merge', 'Stage', 'CTME']
 # %% ../../nbs/models/52_ctme.ipynb #47d17f11
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from ..layers.decoder import HEADS, Stem, ToFull, conv_block, resize
 from ..layers.distillation import Distillation
 from ..layers.embedding import InitialEmbedding
 from ..layers.encoder import Encoder
-from ..layers.interaction import Interaction
+from ..layers.interaction import Answers, Interaction
 from .net import MultiTaskNet
 
 # %% ../../nbs/models/52_ctme.ipynb #ea3c6ef2
@@ -61,6 +62,7 @@ class CTME(MultiTaskNet):
                  embedding: bool | str = True,                # first guess at the coarsest stage; 'aux' supervises without the module
                  distillation: bool = True,                   # each task takes what it needs at every stage
                  interaction: str | None = 'cross',           # 'cross', 'self', 'concat' or None
+                 answers: bool = True,                        # at full resolution classes hear the other maps, which are answered class by class
                  width: int = 64,                             # of the decoder
                  heads: int = 2,                              # of every attention
                  keys: int = 8,                               # places along each side that attention can ask
@@ -81,6 +83,7 @@ class CTME(MultiTaskNet):
         self.stages = nn.ModuleList(Stage(self.tasks, width, distillation and s >= finest, interaction if s >= finest else None, heads, keys, norm) for s in self.encoder.strides[:-1])
         self.full = nn.ModuleDict({f'to_{t}': ToFull(width, detail, full, norm) for t in self.tasks})
         self.head = nn.ModuleDict({f'to_{t}': HEADS[t](full, classes, bands, norm) for t in self.tasks})
+        self.answers = Answers({t: self.head[f'to_{t}'].out.out_channels for t in self.tasks}, full) if answers and len(self.tasks) > 1 and 'mask' in self.tasks else None  # type: ignore[misc, union-attr]
 
     def start(self, top: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]: # the coarsest general feature -> features by task, first guesses by task
         "The decoder's initial stage."
@@ -90,11 +93,18 @@ class CTME(MultiTaskNet):
         else: own, guess = dict.fromkeys(self.tasks, top), {} if self.guess is None else {t: self.guess[f'to_{t}'](top) for t in self.tasks}
         return (self.talk(own) if self.talk is not None else own), guess
 
+    def answer(self, fine: dict[str, Tensor]) -> dict[str, Tensor]: # task -> (B,full,H,W) -> its map
+        "The heads, and what their answers tell each other."
+        heads: dict[str, Any] = {t: self.head[f'to_{t}'] for t in self.tasks}
+        if self.answers is None: return {t: head(fine[t]) for t, head in heads.items()}
+        shown = {t: head.block(fine[t]) for t, head in heads.items()}
+        return self.answers(shown, {t: head.out(shown[t]) for t, head in heads.items()}, {t: head.last for t, head in heads.items()})
+
     def maps(self, streams: dict[str, Tensor]) -> dict[str, Tensor]:
         x = torch.cat(list(streams.values()), 1)                                     # (B,bands+sar_bands,H,W)
         general = [lateral(level) for lateral, level in zip(self.general, self.encoder(x), strict=True)]
         detail = None if self.stem is None else self.stem(x)                         # (B,detail,H,W)
         own, guess = self.start(general[-1])
         for stage, level in reversed(list(zip(self.stages, general[:-1], strict=True))): own = stage(level, own)
-        out = {t: self.head[f'to_{t}'](self.full[f'to_{t}'](own[t], x, detail)) for t in self.tasks}
+        out = self.answer({t: self.full[f'to_{t}'](own[t], x, detail) for t in self.tasks})
         return out | ({f'aux_{t}': resize(g, x) for t, g in guess.items()} if self.training else {})

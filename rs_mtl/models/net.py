@@ -109,7 +109,7 @@ def cost_table(net: nn.Module,              # any net of the package
     with torch.no_grad(), counter: net.eval()(batch)
     net.train(was_training)
     counts = counter.get_flop_counts()
-    def flops(path: str, part: nn.Module) -> int: # a list of modules is never called itself
-        return sum(flops(f'{path}.{n}', m) for n, m in part.named_children()) if isinstance(part, nn.ModuleDict | nn.ModuleList) else sum(counts.get(path, {}).values())
+    def flops(path: str, part: nn.Module) -> int: # a list of modules is never called itself, nor a head of which only the parts are
+        return sum(flops(f'{path}.{n}', m) for n, m in part.named_children()) if path not in counts else sum(counts[path].values())
     rows = [{'part': n, 'params': sum(p.numel() for p in m.parameters()), 'gflops': flops(f'{type(net).__name__}.{n}', m)/1e9} for n, m in net.named_children()]
     return [r for r in rows if r['params'] or r['gflops']] + [{'part': 'all', 'params': sum(p.numel() for p in net.parameters()), 'gflops': counter.get_total_flops()/1e9}]
