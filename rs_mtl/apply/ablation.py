@@ -57,7 +57,7 @@ ABLATIONS: dict[str, Plan] = {'ctme': Plan({
     'full, answers alone': [{'model': 'ctme', 'interaction': None}],
     'full, joined, not asked': [{'model': 'ctme', 'interaction': 'concat'}],
     'full, own keys': [{'model': 'ctme', 'interaction': 'self'}],
-}, 'city', ('image',), ('mask', 'height'), {'miou': 'mIoU', 'rmse': 'height RMSE, m'}, 'single-task pair', 'ctme_ablation')}
+}, 'city', ('image',), ('mask', 'height'), {'miou': 'mIoU', 'rmse': 'height RMSE, m'}, 'single-task pair', 'ctme_ablation', last=True)}
 
 # %% ../../nbs/apply/76_ablation.ipynb #504cfccf
 def _dllr(method: str = 'dllr', net: Mapping[str, Any] | None = None, **options: Any) -> list[dict[str, Any]]:
