@@ -22,7 +22,7 @@ CASES = {
     'plain, pvt': dict(model='plain', bands=3, classes=6, encoder='pvt_v2_b0', width=16),
     'plain, mobilenet': dict(model='plain', bands=3, classes=6, encoder='mobilenetv3_small_100', width=16),
     'ctme': dict(model='ctme', bands=4, classes=6, **TINY),
-    'ctme, nothing on': dict(model='ctme', bands=4, classes=6, embedding=False, distillation=False, interaction=None, **TINY),
+    'ctme, nothing on': dict(model='ctme', bands=4, classes=6, embedding=False, distillation=False, interaction=None, answers=False, **TINY),
     'ctme, controls': dict(model='ctme', bands=3, classes=6, embedding='aux', interaction='concat', **TINY),
     'ctme, own keys': dict(model='ctme', bands=3, classes=6, interaction='self', **TINY),
     'ctme, two sensors, three tasks': dict(model='ctme', bands=4, sar_bands=2, classes=7, tasks=('mask', 'height', 'clear'), **TINY),
