@@ -451,6 +451,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'rs_mtl.data.archives.Zip.__init__': ('data/archives.html#zip.__init__', 'rs_mtl/data/archives.py'),
                                       'rs_mtl.data.archives.Zip.__iter__': ('data/archives.html#zip.__iter__', 'rs_mtl/data/archives.py'),
                                       'rs_mtl.data.archives.Zip._member': ('data/archives.html#zip._member', 'rs_mtl/data/archives.py'),
+                                      'rs_mtl.data.archives.Zip._told': ('data/archives.html#zip._told', 'rs_mtl/data/archives.py'),
                                       'rs_mtl.data.archives.Zip.close': ('data/archives.html#zip.close', 'rs_mtl/data/archives.py'),
                                       'rs_mtl.data.archives.Zip.open': ('data/archives.html#zip.open', 'rs_mtl/data/archives.py'),
                                       'rs_mtl.data.archives._Tap': ('data/archives.html#_tap', 'rs_mtl/data/archives.py'),

@@ -5,6 +5,7 @@ import hashlib
 import io
 import lzma
 import os
+import re
 import signal
 import stat
 import struct
@@ -250,6 +251,16 @@ def test_one_wrong_byte_is_an_error_in_words_or_changes_nothing(tmp_path, kind, 
         else: assert sorted(got.values()) == sorted(FILES.values())   # a zip protects contents by CRC, and not its names
         __import__('shutil').rmtree(target)
     assert not list(tmp_path.glob('.*'))
+
+
+def test_a_zip_whose_directory_swallows_a_member_is_refused(tmp_path):
+    data = bytearray(zip_of(('a.tif', b'x'*100), ('b.tif', b'y'*100), ('c.tif', b'z'*100)))
+    first, second, third = (m.start() for m in re.finditer(b'PK\x01\x02', data))
+    data[first + 32:first + 34] = struct.pack('<H', third - second)      # the length of a comment
+    refused(tmp_path, bytes(data), '3 members, and lists 2(?s:.*)download it again')
+    empty = bytearray(zip_of(('a.tif', b'x'*100), ('b.tif', b'')))
+    empty[empty.rindex(b'b.tif') + 4] = ord('/')                         # an empty file becomes a folder
+    refused(tmp_path, bytes(empty), 'differ')
 
 
 def test_an_encrypted_or_strangely_compressed_zip_is_refused_with_a_way_out(tmp_path):

@@ -62,7 +62,22 @@ ELSEWHERE = 'unpack it with the program that made it, for example 7z, and give t
 
 class Zip:
     "A zip, as members and their content."
-    def __init__(self, path: Path): self.path, self.file = path, zipfile.ZipFile(path)
+    def __init__(self, path: Path):
+        self.path, self.file = path, zipfile.ZipFile(path)
+        # a wrong length in the directory lets one member swallow the next, and zipfile does not count them
+        told, found = self._told(), len(self.file.infolist())
+        if told not in (found % 65536, 65535):
+            self.file.close()
+            raise DataError(f"'{path}' says that it has {told} members, and lists {found}", 'a whole zip', 'download it again')
+
+    def _told(self) -> int:
+        "How many members the end of the file tells of; 65535 where there may be more."
+        with open(self.path, 'rb') as f:
+            f.seek(max(0, self.path.stat().st_size - 65557))
+            tail = f.read()
+        at = tail.rfind(b'PK\x05\x06')
+        return int.from_bytes(tail[at + 10:at + 12], 'little')
+
     def close(self) -> None: self.file.close()
     def open(self, member: Member) -> IO[bytes]: return self.file.open(member.entry)
 
@@ -80,6 +95,7 @@ class Zip:
         if form not in (0, stat.S_IFREG, stat.S_IFDIR): raise DataError(f'{where} is a link or a device', 'files and folders', ELSEWHERE)
         folder = info.orig_filename.endswith('/')
         if folder and info.file_size: raise DataError(f'{where} is a folder that holds bytes', 'files and folders', 'download it again')
+        if folder: self.file.open(info).close()   # compares the names in front of the member and in the directory, as reading a file does
         return Member(name, info.file_size, 'folder' if folder else 'file', entry=info)
 
 # %% ../../nbs/data/29_archives.ipynb #eac13304
