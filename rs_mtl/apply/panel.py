@@ -78,8 +78,8 @@ class _Controls:
         return [ui.HBox([self.net, self.other, self.window]), ui.HBox([self.cover, self.sky, self.seed, self.go, self.bar])]
 
 # %% ../../nbs/apply/79_panel.ipynb #60c4ef35
-class Panel:
-    "An explorer with a map and buttons; shows itself in a notebook, and a picture where there is no kernel."
+class _Face:
+    "A map, its layers and the controls around it, and a place where things are said."
     def __init__(self, explorer: Explorer, height: str = '560px'):
         self.explorer, x = explorer, explorer
         base = x.base()
@@ -88,18 +88,14 @@ class Panel:
         self.stage.put(base[1:], visible=False)
         self._ui, self._make, self._first, self._quiet = self.stage._ui, self.stage._make, list(self.stage.drawn), False
         self._looks: dict[str, tuple[float, bool]] = {}
-        self.controls = c = _Controls(self._ui, list(x.nets), 'image' in x.scene.layers, x.sky, x.seed, x.limit)
+        self.controls = _Controls(self._ui, list(x.nets), 'image' in x.scene.layers, x.sky, x.seed, x.limit)
         self.window = [self._make.Polygon(locations=[], color=colour, weight=2, dash_array=dash, fill=False) for colour, dash in (('#fff', ''), ('#111', '5 5'))]  # seen on light and on dark ground
         self.track = [self._make.Polyline(locations=[], color=colour, weight=weight, fill=False) for colour, weight in (('#fff', 6), ('#111', 3))]
         style = {'shapeOptions': {'color': '#0072b2', 'weight': 2, 'fillOpacity': .1}}
         self.pen = self._make.DrawControl(rectangle=style, polyline={'shapeOptions': {'color': '#111', 'weight': 3}}, polygon={}, circle={}, circlemarker={}, marker={}, edit=False, remove=False)
         for part in (self.pen, *self.window, *self.track): self.stage.add(part)
-        self.pen.on_draw(self._on_draw)
-        self.stage.map.on_interaction(self._on_map)
-        c.go.on_click(lambda button: self._try(self.predict))
-        for w in (c.cover, c.sky, c.seed): w.observe(self._on_sky, 'value')
         self.box = self._layout()
-        c.said.value = note_html('Draw a window with the tool ■ on the map, then press Predict; the tool ⟋ draws a line for a profile of heights, ended by a click on its last point.')
+        self.controls.said.value = note_html('Draw a window with the tool ■ on the map, then press Predict; the tool ⟋ draws a line for a profile of heights, ended by a click on its last point.')
 
     def _layout(self) -> Any:
         "Controls above, map and layers in the middle, numbers below."
@@ -109,6 +105,36 @@ class Panel:
         side = ui.VBox([ui.HTML('<b>Layers</b>'), self.stage.list, ui.HTML('<b>Swipe</b>'), *self.stage.sides], layout={'width': '310px', 'min_width': '310px', 'padding': '0 0 0 10px', 'overflow': 'hidden auto', 'max_height': self.stage.map.layout.height})
         middle = ui.HBox([ui.Box([self.stage.map], layout={'flex': '1 1 auto', 'min_width': '0'}), side])
         return ui.VBox([*c.rows(ui), c.said, middle, ui.HBox([c.numbers, c.chart], layout={'flex_flow': 'row wrap'})])
+
+    def _set(self, box: Any, value: Any) -> None:
+        "Change a control without being told that it was changed."
+        if value is None: return
+        self._quiet = True
+        try: box.value = value
+        finally: self._quiet = False
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        "Whatever happens inside is said in the panel."
+        self.controls.go.disabled = True
+        try:
+            with warnings.catch_warnings(record=True) as heard:
+                warnings.simplefilter('ignore')
+                warnings.simplefilter('always', UserWarning)
+                yield
+            if heard: self.controls.said.value += note_html('', [str(w.message) for w in heard])
+        except Exception as e:  # noqa: BLE001  a callback is the last line: what it raises would end in a log that nobody reads
+            self.controls.said.value = error_html(e)
+        finally: self.controls.go.disabled = False
+
+    def _try(self, step: Any, *args: Any) -> None:
+        with self._told(): step(*args)
+
+# %% ../../nbs/apply/79_panel.ipynb #60c4ef37
+class _Steps(_Face):
+    "What can be asked: a window, answers, a profile."
+    def _show(self) -> None: raise NotImplementedError
+    def _progress(self, name: str, done: int, total: int) -> None: raise NotImplementedError
 
     def pick(self, bounds: Sequence[Sequence[float]]) -> Window: # ((south, west), (north, east)) in degrees
         "Take a rectangle as the window."
@@ -152,19 +178,9 @@ class Panel:
         self.controls.chart.value = f'<img alt="heights along the line" style="background:#fff;border-radius:4px" src="data:image/png;base64,{base64.b64encode(draw_profile(found)._repr_png_()).decode()}">'
         return found
 
-    def save(self, path: str | Path) -> Path:
-        "Write the layers of the moment as a page that opens without a network or a kernel."
-        from rs_mtl.apply.map_page import write_page
-        return write_page(list(self.stage.drawn.values()), path, self.stage.pair)
-
-    def png(self) -> bytes:
-        "The answers side by side, or the scene where nothing was asked yet."
-        drawn = [d for n, d in self.stage.drawn.items() if n not in self._first and not n.startswith('true ')]
-        return sheet(drawn[:9] or list(self.stage.drawn.values()), 2.7)
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        return dict(self.box._repr_mimebundle_() or {}) | {'image/png': base64.b64encode(self.png()).decode(), 'text/plain': f'explorer of {self.explorer.scene!r} with {", ".join(self.explorer.nets)}'}
-
+# %% ../../nbs/apply/79_panel.ipynb #60c4ef39
+class _Shown(_Steps):
+    "What comes back: layers, tables, a page, a picture."
     def _show(self) -> None:
         "Layers, tables and the profile follow the answers."
         x, c, layers = self.explorer, self.controls, self.explorer.layers()
@@ -183,29 +199,29 @@ class Panel:
         bar, names = self.controls.bar, self.explorer.chosen
         bar.max, bar.value, bar.description = total*len(names), names.index(name)*total + done, name[:12]
 
-    def _set(self, box: Any, value: Any) -> None:
-        "Change a control without being told that it was changed."
-        if value is None: return
-        self._quiet = True
-        try: box.value = value
-        finally: self._quiet = False
+    def save(self, path: str | Path) -> Path:
+        "Write the layers of the moment as a page that opens without a network or a kernel."
+        from rs_mtl.apply.map_page import write_page
+        return write_page(list(self.stage.drawn.values()), path, self.stage.pair)
 
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        "Whatever happens inside is said in the panel."
-        self.controls.go.disabled = True
-        try:
-            with warnings.catch_warnings(record=True) as heard:
-                warnings.simplefilter('ignore')
-                warnings.simplefilter('always', UserWarning)
-                yield
-            if heard: self.controls.said.value += note_html('', [str(w.message) for w in heard])
-        except Exception as e:  # noqa: BLE001  a callback is the last line: what it raises would end in a log that nobody reads
-            self.controls.said.value = error_html(e)
-        finally: self.controls.go.disabled = False
+    def png(self) -> bytes:
+        "The answers side by side, or the scene where nothing was asked yet."
+        drawn = [d for n, d in self.stage.drawn.items() if n not in self._first and not n.startswith('true ')]
+        return sheet(drawn[:9] or list(self.stage.drawn.values()), 2.7)
 
-    def _try(self, step: Any, *args: Any) -> None:
-        with self._told(): step(*args)
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        return dict(self.box._repr_mimebundle_() or {}) | {'image/png': base64.b64encode(self.png()).decode(), 'text/plain': f'explorer of {self.explorer.scene!r} with {", ".join(self.explorer.nets)}'}
+
+# %% ../../nbs/apply/79_panel.ipynb #60c4ef3b
+class Panel(_Shown):
+    "An explorer with a map and buttons; shows itself in a notebook, and a picture where there is no kernel."
+    def __init__(self, explorer: Explorer, height: str = '560px'):
+        super().__init__(explorer, height)
+        c = self.controls
+        self.pen.on_draw(self._on_draw)
+        self.stage.map.on_interaction(self._on_map)
+        c.go.on_click(lambda button: self._try(self.predict))
+        for w in (c.cover, c.sky, c.seed): w.observe(self._on_sky, 'value')
 
     def _on_sky(self, change: Any) -> None:
         if not self._quiet and self.explorer.window is not None: self._try(self.predict)
