@@ -9,6 +9,7 @@ import linecache
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -176,7 +177,14 @@ def report(nb: Notebook, cell: Any, error: BaseException) -> str:
     if tb is not None: line = tb.tb_lineno
     rows = [f'{"-->" if n == line else "   "} {n:3} | {row}' for n, row in enumerate(cell.source.splitlines(), 1)]
     trace = ''.join(traceback.format_exception(type(error), error, tb))
-    return '\n'.join([where(nb, cell), '', *rows, '', trace.rstrip()])
+    return '\n'.join([where(nb, cell), '', *rows, '', trace.rstrip(), *(waiting() if isinstance(error, TimeoutError) else ())])
+
+
+def waiting() -> Iterator[str]:
+    "What every thread is doing: a cell that hangs can only be understood while it does."
+    names = {t.ident: t.name for t in threading.enumerate()}
+    for ident, frame in sys._current_frames().items():
+        yield f'\nthread {names.get(ident, ident)}:\n' + ''.join(traceback.format_stack(frame)[-12:]).rstrip()
 
 
 def in_cell(filename: str) -> bool:

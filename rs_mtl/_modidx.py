@@ -441,6 +441,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'rs_mtl.core._Lines.flush': ('core.html#_lines.flush', 'rs_mtl/core.py'),
                              'rs_mtl.core._Lines.write': ('core.html#_lines.write', 'rs_mtl/core.py'),
                              'rs_mtl.core._alive': ('core.html#_alive', 'rs_mtl/core.py'),
+                             'rs_mtl.core._bars': ('core.html#_bars', 'rs_mtl/core.py'),
                              'rs_mtl.core._closest': ('core.html#_closest', 'rs_mtl/core.py'),
                              'rs_mtl.core._sweep': ('core.html#_sweep', 'rs_mtl/core.py'),
                              'rs_mtl.core._sync': ('core.html#_sync', 'rs_mtl/core.py'),

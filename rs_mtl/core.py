@@ -9,7 +9,7 @@ __all__ = ['LAYERS', 'IGNORE', 'MODELS', 'valid_key', 'RsMtlError', 'DataError',
            'create_model']
 
 # %% ../nbs/00_core.ipynb #a3a17254
-import glob, importlib, json, os, socket
+import functools, glob, importlib, json, os, socket, threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,11 +73,23 @@ def progress(items: Iterable | None = None, # what to walk over; None gives a ba
             ) -> Any:                       # a tqdm bar
     "Walk over `items` under a progress bar with a time estimate."
     import sys
-    from tqdm import tqdm
     live = sys.stderr.isatty() or 'ipykernel' in sys.modules and os.environ.get('RS_MTL_PROGRESS') != 'log'
     # a log cannot be overwritten: few, whole lines there, and none for what is over at once
     slow: dict[str, Any] = {} if live else {'mininterval': 5, 'delay': 2, 'ncols': 100, 'ascii': ' -#', 'file': _Lines(sys.stderr)}
-    return tqdm(items, desc=desc, total=total, disable=not progress_shown(), **(slow | kwargs))
+    return _bars()(items, desc=desc, total=total, **({'disable': not progress_shown(), 'miniters': 1} | slow | kwargs))
+
+@functools.cache
+def _bars() -> Any:
+    "tqdm with a lock of its own, which neither an interrupt nor a fork can leave taken, and without a thread that watches."
+    from tqdm import tqdm
+    class Bar(tqdm):
+        monitor_interval = 0
+        def refresh(self, nolock: bool = False, lock_args: Any = None) -> Any:
+            if nolock: return super().refresh(nolock=True)
+            with self._lock: return super().refresh(nolock=True)
+    Bar.set_lock(threading.RLock())
+    if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=lambda: Bar.set_lock(threading.RLock()))
+    return Bar
 
 class _Lines:
     "A stream that turns the carriage returns of a bar into whole lines."

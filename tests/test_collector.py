@@ -57,6 +57,13 @@ def test_slow_cells_run_when_asked_and_names_select(project: pytest.Pytester):
     run(project, '--slow', 'nbs/a.ipynb', '-k', 'folder').assert_outcomes(passed=1, deselected=6)
     assert (project.path / 'nbs/ran').read_text() == 'False12', 'what stands before the chosen test has run'
 
+def test_a_cell_that_hangs_says_where(project: pytest.Pytester):
+    project.makeconftest((ROOT / 'conftest.py').read_text(encoding='utf-8').replace('CELL_SECONDS = 600', 'CELL_SECONDS = 2'))
+    write(project, 'nbs/a.ipynb', ['## Waits', 'import time\ndef for_godot(): time.sleep(20)\nassert for_godot() is None'])
+    result = run(project)
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(['*TimeoutError*', 'thread CaptureShell-loop:', '*in for_godot*'])
+
 def test_a_failing_cell_is_shown_with_its_line_and_what_follows_is_not_passed(project: pytest.Pytester):
     write(project, 'nbs/bad.ipynb', BAD)
     write(project, 'nbs/dies.ipynb', DIES)

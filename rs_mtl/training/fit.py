@@ -110,8 +110,7 @@ def _evaluate(net: nn.Module, data: Any, objective: Callable | None, ways: _Ways
 
 def _bar(shown: bool, items: Any, desc: str, **kwargs: Any) -> Any:
     "The progress bar of the first process; the others have a silent one."
-    from tqdm import tqdm
-    return progress(items, desc, **kwargs) if shown else tqdm(items, disable=True)
+    return progress(items, desc, **(kwargs if shown else {'disable': True}))
 
 def _tasks(net: nn.Module) -> tuple[str, ...]:
     tasks = getattr(net, 'tasks', ())
