@@ -86,7 +86,7 @@ def _bars() -> Any:
         monitor_interval = 0
         def refresh(self, nolock: bool = False, lock_args: Any = None) -> Any:
             if nolock: return super().refresh(nolock=True)
-            with self._lock: return super().refresh(nolock=True)
+            with self.get_lock(): return super().refresh(nolock=True)
     Bar.set_lock(threading.RLock())
     if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=lambda: Bar.set_lock(threading.RLock()))
     return Bar
