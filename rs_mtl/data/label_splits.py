@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shuffled', 'parse_fraction', 'count_of', 'with_every_class', 'Split', 'label_split', 'write_split', 'read_split',
-           'Part', 'place_names', 'class_counts', 'of_places', 'take', 'divide']
+           'Part', 'item_places', 'place_names', 'class_counts', 'of_places', 'take', 'divide']
 
 # %% ../../nbs/data/26_label_splits.ipynb #48f2ced4
 import hashlib, json, re
@@ -156,14 +156,24 @@ class Part(Dataset):
         "What was done to the data set, in words."
         return ', '.join(filter(None, (getattr(self.data, 'treatment', ''), self.note)))
 
+    @property
+    def item_places(self) -> list[str]: # where the data set knows them
+        "The place of each item."
+        every = self.data.item_places
+        return [every[i] for i in self.items]
+
     def __getattr__(self, name: str) -> Any:
         "Classes, bands, epochs and so on are those of the data set."
         if name.startswith('__') or name in ('data', 'items', 'note'): raise AttributeError(name)
         return getattr(self.data, name)
 
+def item_places(data: Any) -> list[str]:
+    "The place of each item; where nobody knows, each is a place of its own."
+    return list(getattr(data, 'item_places', None) or map(str, range(len(data))))
+
 def place_names(data: Any) -> list[str]:
-    "Scenes by their names where a data set has scenes, else items by their numbers."
-    return list(data.places) if hasattr(data, 'places') and hasattr(data, 'scenes') else [str(i) for i in range(len(data))]
+    "Scenes by their names where a data set has scenes, else the places of its items."
+    return list(data.places) if hasattr(data, 'places') and hasattr(data, 'scenes') else list(dict.fromkeys(item_places(data)))
 
 def class_counts(data: Any # a data set of samples with a mask
                 ) -> np.ndarray: # (places, classes) pixels
@@ -173,7 +183,9 @@ def class_counts(data: Any # a data set of samples with a mask
         from rs_mtl.data.windows import index_scene
         cells = [index_scene(s, 64*s.step, (), True, s.step) for s in progress(data.scenes, 'count classes', leave=False)]
         return np.stack([np.bincount(c.at[:, 0], c.count, n).astype('int64') for c in cells])
-    return np.stack([np.bincount(data[i]['mask'].flatten().numpy(), minlength=IGNORE + 1)[:n] for i in progress(range(len(data)), 'count classes', leave=False)])
+    counts = dict.fromkeys(place_names(data), 0)
+    for i, place in enumerate(progress(item_places(data), 'count classes', leave=False)): counts[place] += np.bincount(data[i]['mask'].flatten().numpy(), minlength=IGNORE + 1)[:n]
+    return np.stack(list(counts.values()))
 
 # %% ../../nbs/data/26_label_splits.ipynb #f3341490
 def of_places(data: Any,              # as `open_table` opens it
@@ -192,8 +204,9 @@ def of_places(data: Any,              # as `open_table` opens it
 def take(data: Any, names: Sequence[str], note: str = '') -> Any: # a data set of samples
     "The part of a data set that lies in these places."
     if hasattr(data, 'places') and hasattr(data, 'scenes'): part = of_places(data, names); return Part(part, range(len(part)), note)
-    at = {name: i for i, name in enumerate(place_names(data))}
-    return Part(data, [at[n] for n in names], note)
+    at: dict[str, list[int]] = {}
+    for i, place in enumerate(item_places(data)): at.setdefault(place, []).append(i)
+    return Part(data, [i for n in names for i in at[n]], note)
 
 def divide(data: Any,                           # a data set of samples with a mask
            fraction: str | float | int | Split, # share of the places that keeps its labels; or a split that was drawn

@@ -267,12 +267,13 @@ class Land(torch.utils.data.Dataset):
                  looks: int = 3,                                   # of the radar; fewer is noisier
                  noise: float = .003,                              # standard deviation of the camera's noise, in reflectance
                  unlabelled: float = 0.,                           # share of the country that the map leaves out (mask 255)
-                 days: float = 0.                                  # how much season, light, air, rain and wind differ between samples; 0: all of one day
+                 days: float = 0.,                                 # how much season, light, air, rain and wind differ between scenes; 0: all of one day
+                 tiles: int = 1                                    # samples along each side of a scene, edge to edge and of one day; 1: each is a scene of its own
                 ):
         self.size = (size, size) if isinstance(size, (int, np.integer)) else (int(size[0]), int(size[1]))
         self.cover = (cover, cover) if isinstance(cover, (int, float)) else (float(cover[0]), float(cover[1]))
         self.sky = (sky,) if isinstance(sky, str) else tuple(sky)
-        self.n, self.seed, self.gsd, self.looks, self.noise, self.unlabelled, self.days = int(n), int(seed), float(gsd), int(looks), float(noise), float(unlabelled), float(days)
+        self.n, self.seed, self.gsd, self.looks, self.noise, self.unlabelled, self.days, self.tiles = int(n), int(seed), float(gsd), int(looks), float(noise), float(unlabelled), float(days), int(tiles)
         self._check()
 
     def _check(self) -> None:
@@ -285,7 +286,8 @@ class Land(torch.utils.data.Dataset):
                 (not self.sky or any(s not in SKIES for s in self.sky), f'sky={self.sky}', f'one or more of {", ".join(SKIES)}'),
                 (self.looks < 1 or self.noise < 0, f'looks={self.looks}, noise={self.noise}', 'at least one look, noise of 0 or more'),
                 (not 0 <= self.unlabelled < 1, f'unlabelled={self.unlabelled}', 'a share from 0 to below 1'),
-                (not 0 <= self.days <= 1, f'days={self.days}', 'a share from 0 to 1')):
+                (not 0 <= self.days <= 1, f'days={self.days}', 'a share from 0 to 1'),
+                (self.tiles < 1, f'tiles={self.tiles}', 'at least one sample along each side of a scene')):
             if wrong: raise ConfigError(f'Land: {what}', expected, 'correct the argument')
 
     def __len__(self) -> int: return self.n
@@ -293,13 +295,24 @@ class Land(torch.utils.data.Dataset):
     def place(self, index: int) -> tuple[int, int]:
         "World row and column of the first pixel of a sample."
         if not -self.n <= index < self.n: raise IndexError(f'sample {index} of {self.n}')
-        return max(8192, 2 * self.size[0]) * (index % self.n), 0
+        scene, tile = divmod(index % self.n, self.tiles**2)
+        row, col = divmod(tile, self.tiles)
+        return self.scene_row(scene) + self.size[0] * row, self.size[1] * col
+
+    def scene_row(self, scene: int) -> int:
+        "World row of the first pixel of a scene."
+        return max(8192, 2 * self.tiles * self.size[0]) * scene
+
+    @property
+    def item_places(self) -> list[str]:
+        "The scene of each sample."
+        return [str(i // self.tiles**2) for i in range(self.n)]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        origin = self.place(int(index))
-        pick = uniform(np.array([origin[0], origin[0]]), np.array([1, 2]), _key(self.seed, 61))
+        origin, scene = self.place(int(index)), self.scene_row(int(index) % self.n // self.tiles**2)
+        pick = uniform(np.array([scene, scene]), np.array([1, 2]), _key(self.seed, 61))
         cover = self.cover[0] + float(pick[0]) * (self.cover[1] - self.cover[0])
-        return self.window(origin, self.size, cover, self.sky[int(pick[1] * len(self.sky))], int(origin[0]) if self.days else None)
+        return self.window(origin, self.size, cover, self.sky[int(pick[1] * len(self.sky))], scene if self.days else None)
 
     def window(self,
                origin: Sequence[int],                  # world row and column of the first pixel
