@@ -37,6 +37,7 @@ class Plan:
     result: str                                          # name of the file that is left behind
     curve: tuple[str, ...] = ()                          # variants that are trained with every share of labels; the others with the first share only
     options: Mapping[str, Any] = field(default_factory=dict)            # how a synthetic world is drawn
+    train: Mapping[str, Any] = field(default_factory=dict)              # and what is drawn differently for the training set
     also: Mapping[str, Mapping[str, Any]] = field(default_factory=dict) # more test sets: name -> what is drawn differently
     begin: Mapping[str, Any] | None = None               # net from which all variants go on, where they do; None: each one's own, taught by labels alone
     first: Mapping[str, Any] = field(default_factory=dict) # and what is drawn differently for it
@@ -77,7 +78,7 @@ ABLATIONS['dllr'] = Plan({
     'dllr, fused teacher': _dllr(consistency='self'),
     'dllr, no slow copy': _dllr(decay=0.),
     'dllr, no pseudo-labels': _dllr(consistency=None),
-}, 'land', ('image', 'sar'), ('mask',), {'miou': 'mIoU'}, 'supervised', 'dllr_labels', curve=('supervised', 'fixmatch', 'dllr'), options={'days': 1.}, last=True)
+}, 'land', ('image', 'sar'), ('mask',), {'miou': 'mIoU'}, 'supervised', 'dllr_labels', curve=('supervised', 'fixmatch', 'dllr'), options={'days': 1.}, train={'tiles': 4}, last=True)
 
 # %% ../../nbs/apply/76_ablation.ipynb #e42e1a97
 _SEGCR: dict[str, Any] = {'model': 'segcr', 'tasks': ('mask', 'clear'), 'fusion': 'concat', 'cloud_impact': False, 'translation': False}
