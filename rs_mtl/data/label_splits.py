@@ -183,7 +183,7 @@ def class_counts(data: Any # a data set of samples with a mask
         from rs_mtl.data.windows import index_scene
         cells = [index_scene(s, 64*s.step, (), True, s.step) for s in progress(data.scenes, 'count classes', leave=False)]
         return np.stack([np.bincount(c.at[:, 0], c.count, n).astype('int64') for c in cells])
-    counts = dict.fromkeys(place_names(data), 0)
+    counts = {place: np.zeros(n, np.int64) for place in place_names(data)}
     for i, place in enumerate(progress(item_places(data), 'count classes', leave=False)): counts[place] += np.bincount(data[i]['mask'].flatten().numpy(), minlength=IGNORE + 1)[:n]
     return np.stack(list(counts.values()))
 
