@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEIGHT_KINDS', 'WINDOW', 'SIGMA', 'TASK_LOSSES', 'LIMIT', 'masked_mean', 'check_labels', 'rarity', 'cross_entropy',
            'dice', 'mask_loss', 'smooth_l1', 'berhu', 'gradient_loss', 'height_loss', 'charbonnier', 'l1', 'ssim',
-           'ssim_loss', 'Objective']
+           'ssim_loss', 'Weighing', 'Objective']
 
 # %% ../../nbs/training/60_losses.ipynb #ca45ebe7
 from collections.abc import Callable, Iterable, Mapping
@@ -202,8 +202,8 @@ def _full_size(pred: Tensor, target: Tensor) -> Tensor:
     return pred if pred.shape[-2:] == size else F.interpolate(pred, size, mode='bilinear', align_corners=False)
 
 # %% ../../nbs/training/60_losses.ipynb #d1cd4def
-class Objective(nn.Module):
-    "The losses of several tasks and their weighted total."
+class Weighing(nn.Module):
+    "Which tasks are trained, and how much each counts."
     def __init__(self,
                  tasks: Iterable[str],                                # which outputs are trained
                  weights: Mapping[str, float] | None = None,          # by task; 1 where not given
@@ -238,6 +238,18 @@ class Objective(nn.Module):
         "The bounded log-variance of a task."
         return LIMIT * torch.tanh(self.log_variance[self.tasks.index(task)] / LIMIT)
 
+    def _weigh(self, task: str, loss: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        "The loss as it enters the total, before its fixed weight."
+        if self.weighting == 'fixed': return loss
+        valid = batch.get(valid_key(task))
+        seen = torch.ones((), dtype=torch.bool, device=loss.device) if valid is None else valid.any()
+        if task == 'mask': seen = seen & (batch['mask'] != IGNORE).any()
+        s = self.log_var(task)
+        return torch.where(seen, (-s).exp() * loss + s/2, 0)
+
+# %% ../../nbs/training/60_losses.ipynb #fb6104ca
+class Objective(Weighing):
+    "The losses of several tasks and their weighted total."
     @staticmethod
     def _need(task: str, out: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> None:
         for where in (out, batch):
@@ -257,12 +269,3 @@ class Objective(nn.Module):
         result = {t: self.task_loss(t, out, batch) for t in self.tasks if t not in skip}
         total = torch.stack([self.weights[t] * self._weigh(t, loss, batch) for t, loss in result.items()]).sum()
         return result | {'total': total}
-
-    def _weigh(self, task: str, loss: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        "The loss as it enters the total, before its fixed weight."
-        if self.weighting == 'fixed': return loss
-        valid = batch.get(valid_key(task))
-        seen = torch.ones((), dtype=torch.bool, device=loss.device) if valid is None else valid.any()
-        if task == 'mask': seen = seen & (batch['mask'] != IGNORE).any()
-        s = self.log_var(task)
-        return torch.where(seen, (-s).exp() * loss + s/2, 0)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'PALETTE', 'FARMLAND', 'CITY', 'VILLAGE', 'WATER', 'FOREST', 'ROAD', 'OTHERS', 'MATERIALS', 'Day',
-           'draw_day', 'speckle', 'Land']
+           'draw_day', 'speckle', 'Country', 'Land']
 
 # %% ../../nbs/worlds/17_land.ipynb #b9f37191
 import math
@@ -253,8 +253,8 @@ def _sar(land: dict[str, np.ndarray], size: tuple[int, int], origin: Sequence[fl
     return out
 
 # %% ../../nbs/worlds/17_land.ipynb #f0c104e4
-class Land(torch.utils.data.Dataset):
-    "Samples of an endless synthetic country at ten metres: optical, radar, classes, and clouds whose truth is known."
+class Country:
+    "An endless synthetic country at ten metres, of which any part can be drawn."
     classes, palette, bands, sar_bands, name = CLASSES, PALETTE, ('blue', 'green', 'red', 'nir'), ('VV', 'VH'), 'land'
 
     def __init__(self,
@@ -290,30 +290,6 @@ class Land(torch.utils.data.Dataset):
                 (self.tiles < 1, f'tiles={self.tiles}', 'at least one sample along each side of a scene')):
             if wrong: raise ConfigError(f'Land: {what}', expected, 'correct the argument')
 
-    def __len__(self) -> int: return self.n
-
-    def place(self, index: int) -> tuple[int, int]:
-        "World row and column of the first pixel of a sample."
-        if not -self.n <= index < self.n: raise IndexError(f'sample {index} of {self.n}')
-        scene, tile = divmod(index % self.n, self.tiles**2)
-        row, col = divmod(tile, self.tiles)
-        return self.scene_row(scene) + self.size[0] * row, self.size[1] * col
-
-    def scene_row(self, scene: int) -> int:
-        "World row of the first pixel of a scene."
-        return max(8192, 2 * self.tiles * self.size[0]) * scene
-
-    @property
-    def item_places(self) -> list[str]:
-        "The scene of each sample."
-        return [str(i // self.tiles**2) for i in range(self.n)]
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        origin, scene = self.place(int(index)), self.scene_row(int(index) % self.n // self.tiles**2)
-        pick = uniform(np.array([scene, scene]), np.array([1, 2]), _key(self.seed, 61))
-        cover = self.cover[0] + float(pick[0]) * (self.cover[1] - self.cover[0])
-        return self.window(origin, self.size, cover, self.sky[int(pick[1] * len(self.sky))], scene if self.days else None)
-
     def window(self,
                origin: Sequence[int],                  # world row and column of the first pixel
                size: int | tuple[int, int],            # pixels, or (rows, columns)
@@ -336,3 +312,33 @@ class Land(torch.utils.data.Dataset):
         sample = {'image': over['image'], 'sar': sar, 'mask': mask, 'clear': clear, 'cloud_impact': over['cloud_impact']}
         out = {k: torch.from_numpy(v) for k, v in sample.items()}
         return out | {f'valid_{k}': every.clone() for k in out} | {'valid_mask': (out['mask'] != IGNORE)[None]}
+
+# %% ../../nbs/worlds/17_land.ipynb #2cf16b81
+class Land(Country, torch.utils.data.Dataset):
+    "Samples of that country: optical, radar, classes, and clouds whose truth is known."
+    def __len__(self) -> int: return self.n
+
+    def place(self, index: int) -> tuple[int, int]:
+        "World row and column of the first pixel of a sample."
+        if not -self.n <= index < self.n: raise IndexError(f'sample {index} of {self.n}')
+        row, col = divmod(index % self.n % self.tiles**2, self.tiles)
+        return self.scene_row(self.scene(index)) + self.size[0] * row, self.size[1] * col
+
+    def scene(self, index: int) -> int:
+        "The scene that a sample is cut from."
+        return index % self.n // self.tiles**2
+
+    def scene_row(self, scene: int) -> int:
+        "World row of the first pixel of a scene."
+        return max(8192, 2 * self.tiles * self.size[0]) * scene
+
+    @property
+    def item_places(self) -> list[str]:
+        "The scene of each sample."
+        return [str(self.scene(i)) for i in range(self.n)]
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        origin, scene = self.place(int(index)), self.scene_row(self.scene(int(index)))
+        pick = uniform(np.array([scene, scene]), np.array([1, 2]), _key(self.seed, 61))
+        cover = self.cover[0] + float(pick[0]) * (self.cover[1] - self.cover[0])
+        return self.window(origin, self.size, cover, self.sky[int(pick[1] * len(self.sky))], scene if self.days else None)
