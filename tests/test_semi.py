@@ -625,7 +625,7 @@ def test_a_run_with_a_share_of_the_labels_trains_dllr_and_leaves_its_split(tmp_p
     assert (metrics['parameters']['method'], metrics['parameters']['inputs'], metrics['labels']['sha256']) == ('dllr', 'image,sar', split.hash)
     assert (split.fraction, len(split.labelled), metrics['items']['train']) == ('1/4', 1, 3)
     row = history(tmp_path/'a')[-1]
-    assert float(row['unlabelled_weight']) == 1 and float(row['loss_complementary']) > 0 and 0 <= float(row['right']) <= 1
+    assert float(row['unlabelled_weight']) == 2 and float(row['loss_complementary']) > 0 and 0 <= float(row['right']) <= 1
 
 TABLE = '''
 classes = ['farmland', 'city', 'village', 'water', 'forest', 'road', 'others']

@@ -66,7 +66,7 @@ def _dllr(method: str = 'dllr', net: Mapping[str, Any] | None = None, **options:
 
 ABLATIONS['dllr'] = Plan({
     'supervised': _dllr('supervised'),
-    'mean teacher': _dllr('mean_teacher'),
+    'mean teacher': _dllr('mean_teacher', weight=2),
     'cross pseudo-supervision': _dllr('cps'),
     'fixmatch': _dllr('fixmatch', threshold=.8),
     'unimatch': _dllr('unimatch', threshold=.8),
@@ -78,7 +78,7 @@ ABLATIONS['dllr'] = Plan({
     'dllr, fused teacher': _dllr(consistency='self'),
     'dllr, no slow copy': _dllr(decay=0.),
     'dllr, no pseudo-labels': _dllr(consistency=None),
-}, 'land', ('image', 'sar'), ('mask',), {'miou': 'mIoU'}, 'supervised', 'dllr_labels', curve=('supervised', 'fixmatch', 'dllr'), options={'days': 1.}, train={'tiles': 4}, last=True)
+}, 'land', ('image', 'sar'), ('mask',), {'miou': 'mIoU'}, 'supervised', 'dllr_labels', curve=('supervised', 'mean teacher', 'fixmatch', 'dllr'), options={'days': 1.}, train={'tiles': 4}, last=True)
 
 # %% ../../nbs/apply/76_ablation.ipynb #e42e1a97
 _SEGCR: dict[str, Any] = {'model': 'segcr', 'tasks': ('mask', 'clear'), 'fusion': 'concat', 'cloud_impact': False, 'translation': False}

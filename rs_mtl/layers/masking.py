@@ -53,8 +53,8 @@ HIDE = {'image': 'hide_image', 'sar': 'hide_sar'}  # sensor -> the batch key tha
 @dataclass(frozen=True)
 class Masking:
     "How much of each sensor is hidden, and in what squares."
-    image: float = .5       # share of the optical image
-    sar: float = .25        # share of the radar image
+    image: float = .1       # share of the optical image
+    sar: float = .05        # share of the radar image
     block: int = 16         # side of the squares, in pixels
     disjoint: bool = True   # no place is hidden from both
 

@@ -48,10 +48,11 @@ class Switches(SlowCopy):
                  consistency: str | bool | None = 'cross',      # 'cross', 'self' or None: no pseudo-labels
                  mask_labelled: bool = False,                   # hide squares of labelled samples too
                  threshold: float = 0.,                         # how sure a pixel must be to teach
+                 weight: float = 2.,                            # of the unlabelled half
                  decay: float = .99,                            # of the slow copy that is asked for labels; 0: the net itself is asked
                  transport: Mapping[str, Any] | None = None,    # arguments of the `Reassigner`, beside `TRANSPORT`
                  **kwargs: Any):
-        super().__init__(tasks, decay=decay, **kwargs)
+        super().__init__(tasks, weight=weight, decay=decay, **kwargs)
         self.masking = masking or None
         self.hides: Masking | None = None              # what that comes to for the net
         self.complementary = float(complementary)
