@@ -68,7 +68,7 @@ ABLATIONS['dllr'] = Plan({
     'supervised': _dllr('supervised'),
     'mean teacher': _dllr('mean_teacher', weight=2),
     'cross pseudo-supervision': _dllr('cps'),
-    'fixmatch': _dllr('fixmatch', threshold=.8),
+    'fixmatch': _dllr('fixmatch', threshold=.8, weight=2),
     'unimatch': _dllr('unimatch', threshold=.8),
     'dllr': _dllr(),
     'dllr, nothing hidden': _dllr(masking=False, complementary=False),
