@@ -66,7 +66,7 @@ def _dllr(method: str = 'dllr', net: Mapping[str, Any] | None = None, **options:
 
 ABLATIONS['dllr'] = Plan({
     'supervised': _dllr('supervised'),
-    'mean teacher': _dllr('mean_teacher', weight=2),
+    'mean teacher': _dllr('mean_teacher', weight=2),   # weights of 1 and 2 were tried on validation draws for this, fixmatch and dllr
     'cross pseudo-supervision': _dllr('cps'),
     'fixmatch': _dllr('fixmatch', threshold=.8, weight=2),
     'unimatch': _dllr('unimatch', threshold=.8),
