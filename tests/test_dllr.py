@@ -353,3 +353,19 @@ def test_switches_travel_in_the_checkpoint(tmp_path):
 @pytest.mark.parametrize('wrong', [dict(bands=0), dict(sar_bands=0), dict(complementary='sum'), dict(alone=0), dict(masking={'image': .9, 'sar': .2}), dict(masking={'share': 1})])
 def test_a_net_that_cannot_be_is_refused(wrong):
     with pytest.raises(ConfigError): rs_mtl.create_model('dllr', encoder='resnet10t', **wrong)
+
+def test_a_row_of_the_ablation_knows_the_defaults_that_nobody_passed(monkeypatch):
+    from rs_mtl.apply.ablation import _digest, _meant, variants
+    from rs_mtl.training import dllr
+    config = dict(bands=4, sar_bands=2, classes=7, encoder='test_resnet', width=16, full=8, **variants('dllr')['dllr'][0])
+    told = lambda: _digest(_meant(config))
+    first = told()
+    assert told() == first
+    for holder, name, value in ((dllr.TRANSPORT, 'floor', .5), (dllr.Switches.__init__.__kwdefaults__, 'weight', 1.)):
+        with monkeypatch.context() as m:
+            m.setitem(holder, name, value)
+            assert told() != first
+    with monkeypatch.context() as m:
+        m.setattr('rs_mtl.models.dllr.Masking', lambda: dllr.Masking(image=.3))
+        assert told() != first
+    assert told() == first

@@ -7,7 +7,7 @@ __all__ = ['ABLATIONS', 'SHORT', 'Plan', 'plan_of', 'variants', 'drawn', 'train_
            'few_labels', 'costs', 'figure', 'label_curve', 'cover_curve']
 
 # %% ../../nbs/apply/76_ablation.ipynb #f81d83bb
-import hashlib, json, math, re, time
+import hashlib, inspect, json, math, re, time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,6 +118,14 @@ def drawn(plan: Plan, options: Mapping[str, Any] # what the user asks for
 # %% ../../nbs/apply/76_ablation.ipynb #a57cc5b1
 def _others(data: Mapping[str, Any]) -> list[str]: return [k for k in data if k not in ('train', 'val', 'test', 'begin')]
 
+def _meant(config: Mapping[str, Any]) -> dict[str, Any]:
+    "What a variant comes to, with all that nobody passed: a default may change between two calls."
+    net, objective, _ = _pupil(dict(config), 0)
+    untold = {k: p.default for k, p in inspect.signature(type(net)).parameters.items() if p.default is not p.empty}
+    return {'net': untold | net.config, 'masking': getattr(net, 'masking', None), 'objective': objective.settings}
+
+def _digest(settings: Any) -> str: return hashlib.sha256(json.dumps(plain(settings), sort_keys=True, default=repr).encode()).hexdigest()[:12]
+
 def _slug(variant: str) -> str: return re.sub(r'[^a-z0-9]+', '-', variant.lower()).strip('-')
 
 def train_row(variant: str,                       # its name
@@ -136,15 +144,17 @@ def train_row(variant: str,                       # its name
     "Train and score one variant with one seed, or read it back if that was done, here or in an earlier table with the same settings."
     place = Path(folder)/'-'.join(filter(None, (_slug(variant), _slug(labels), str(seed))))
     settings = plain({'nets': [dict(n) for n in nets], 'common': dict(common), 'how': how, 'items': {k: len(v) for k, v in data.items() if v is not None and not callable(v)}, 'data': dict(world or {})} | ({'begin': begin} if begin else {}))
+    meant = _digest([_meant(dict(common) | dict(n)) for n in nets])
     if (done := place/'row.json').is_file():
         kept = json.loads(done.read_text(encoding='utf-8'))
         if kept['settings'] != settings: raise ConfigError(f"'{place}' was trained with other settings", 'the settings of the whole table', 'choose another folder, or remove that one')
+        if kept['row'].get('meant', meant) != meant: raise ConfigError(f"'{place}' was trained when a default of the net or of its objective was another", 'the defaults of today', 'remove that folder, or pass what it was trained with')
         return kept['row']
-    trained = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    trained = _digest(settings)
     for r in known:
-        if (r['variant'], r.get('labels', ''), r['seed'], r.get('trained')) == (variant, labels, seed, trained): return dict(r)
+        if (r['variant'], r.get('labels', ''), r['seed'], r.get('trained')) == (variant, labels, seed, trained) and r.get('meant', meant) == meant: return dict(r)
     scores: dict[str, Any] = {}
-    row: dict[str, Any] = {'variant': variant, **({'labels': labels} if labels else {}), 'seed': seed, 'trained': trained, 'params': 0, 'seconds': 0.}
+    row: dict[str, Any] = {'variant': variant, **({'labels': labels} if labels else {}), 'seed': seed, 'trained': trained, 'meant': meant, 'params': 0, 'seconds': 0.}
     for i, difference in enumerate(nets):
         net, objective, lesson = _pupil(dict(common) | dict(difference), seed, bool(begin))
         train = data['train'](lesson, labels, seed) if callable(data['train']) else data['train']

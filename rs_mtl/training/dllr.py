@@ -57,7 +57,7 @@ class Switches(SlowCopy):
         self.hides: Masking | None = None              # what that comes to for the net
         self.complementary = float(complementary)
         self.reassignment, self.consistency = _chosen('reassignment', reassignment, ('multi', 'pixel')), _chosen('consistency', consistency, ('cross', 'self'))
-        self.mask_labelled, self.threshold, self.transport = mask_labelled, threshold, dict(transport or {})
+        self.mask_labelled, self.threshold, self.transport = mask_labelled, threshold, {**TRANSPORT, **(transport or {})}
         if not 0 <= self.complementary < float('inf'): raise ConfigError(f'complementary={complementary}', 'a weight of at least 0, or True or False')
         if not 0 <= threshold <= 1: raise ConfigError(f'threshold={threshold}', 'a probability')
         if mask_labelled and self.masking is None: raise ConfigError('mask_labelled without masking', 'something to hide', 'masking=True')
@@ -69,7 +69,7 @@ class Switches(SlowCopy):
         super().begin(net, seed, rank)
         self.hides = getattr(net, 'masking', Masking()) if self.masking is True else self.masking
         heads: Mapping[str, Any] = {} if not self.reassignment or not self.consistency else {'mask': ()} if self.consistency == 'self' else SOURCES['cross']
-        self.reassigners = nn.ModuleDict({h: Reassigner(len(self.names), levels=self.reassignment, **TRANSPORT | self.transport) for h in heads})
+        self.reassigners = nn.ModuleDict({h: Reassigner(len(self.names), levels=self.reassignment, **self.transport) for h in heads})
 
 # %% ../../nbs/training/66_dllr.ipynb #d11a500d
 class Assigning(Switches):
