@@ -323,7 +323,7 @@ def figure(rows: Sequence[Mapping[str, Any]],                          # of a ta
                 continue
             ax.plot(means[name], y, '|', ms=16, mew=2, color='C0')
             ax.plot(found[name], [y]*len(found[name]), 'o', ms=4, color='C1', alpha=.8)
-        ax.set(xlabel=label, yticks=range(len(names)), yticklabels=names); ax.grid(axis='x', alpha=.3)
+        ax.set(xlabel=label, yticks=range(len(names)), yticklabels=names); ax.grid(axis='x', alpha=.3); ax.locator_params(axis='x', nbins=5)
     axes[0][0].invert_yaxis()
     plt.close(fig)
     return fig
