@@ -368,4 +368,8 @@ def test_a_row_of_the_ablation_knows_the_defaults_that_nobody_passed(monkeypatch
     with monkeypatch.context() as m:
         m.setattr('rs_mtl.models.dllr.Masking', lambda: dllr.Masking(image=.3))
         assert told() != first
+    with monkeypatch.context() as m:
+        *others, norm = rs_mtl.models.dllr.DLLR.__init__.__defaults__
+        m.setattr(rs_mtl.models.dllr.DLLR.__init__, '__defaults__', (*others, 'group'))
+        assert norm == 'batch' and told() != first
     assert told() == first

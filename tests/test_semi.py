@@ -597,7 +597,7 @@ for name in ('mean_teacher', 'dllr'):
     both = [torch.zeros_like(mine['weights']) for _ in range(2)]
     dist.all_gather(both, mine['weights'])
     assert torch.equal(*both), name
-dist.barrier(); dist.destroy_process_group()   # else a thread of it may outlive the interpreter, which aborts
+dist.barrier(); dist.destroy_process_group()
 '''
 
 def test_two_processes_keep_the_same_objective(tmp_path):

@@ -119,10 +119,10 @@ def drawn(plan: Plan, options: Mapping[str, Any] # what the user asks for
 def _others(data: Mapping[str, Any]) -> list[str]: return [k for k in data if k not in ('train', 'val', 'test', 'begin')]
 
 def _meant(config: Mapping[str, Any]) -> dict[str, Any]:
-    "What a variant comes to, with all that nobody passed: a default may change between two calls."
+    "The arguments of a variant's net and objective, those that nobody passed included: a default may change between two calls."
     net, objective, _ = _pupil(dict(config), 0)
     untold = {k: p.default for k, p in inspect.signature(type(net)).parameters.items() if p.default is not p.empty}
-    return {'net': untold | net.config, 'masking': getattr(net, 'masking', None), 'objective': objective.settings}
+    return {'net': untold | net.config, 'masking': getattr(net, 'masking', None), 'objective': objective.settings}   # `masking=True` does not say what it stands for
 
 def _digest(settings: Any) -> str: return hashlib.sha256(json.dumps(plain(settings), sort_keys=True, default=repr).encode()).hexdigest()[:12]
 
