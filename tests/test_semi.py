@@ -546,7 +546,7 @@ def test_masks_and_boxes_change_from_step_to_step_and_from_rank_to_rank_but_not_
         return how.learn(net.train(), batch)['total'].item()
     assert total() == total() and len({total(), total(step=1), total(rank=1), total(seed=1)}) == 4
 
-@pytest.mark.parametrize('off', [dict(complementary=False), dict(reassignment=None), dict(reassignment='pixel'), dict(consistency='self'), dict(consistency=None), dict(masking=None), dict(threshold=.6), dict(decay=0.)])
+@pytest.mark.parametrize('off', [dict(complementary=False), dict(reassignment=None), dict(reassignment='pixel'), dict(consistency='self'), dict(consistency=None), dict(masking=None), dict(threshold=.6), dict(doubt=None), dict(decay=0.)])
 def test_each_switch_changes_what_it_should(batch, off):
     full, other = dllr(batch)[0], dllr(batch, **off)[0]
     assert torch.equal(full['mask'], other['mask']) and (full['total'] != other['total'] or 'decay' in off)  # at the first step the slow copy is the net
@@ -555,7 +555,7 @@ def test_each_switch_changes_what_it_should(batch, off):
     if 'threshold' in off: assert other['kept'] < full['kept']
 
 def test_heads_are_taught_by_the_others_after_reassignment(batch):
-    from rs_mtl.training.dllr import SOURCES
+    from rs_mtl.training.dllr import SOURCES, corrected
     _, net, how = dllr(batch)
     asked = {}
     for h, r in how.reassigners.items(): r.register_forward_hook(lambda m, args, out, h=h: asked.__setitem__(h, (args, out)))
@@ -564,9 +564,26 @@ def test_heads_are_taught_by_the_others_after_reassignment(batch):
     targets = how.targets(answers, where)
     for h, by in SOURCES['cross'].items():
         (logp, valid), found = asked[h]
-        assert torch.allclose(logp, consensus([answers[s] for s in by]), atol=1e-6)
+        told = consensus([answers[s] for s in by])
+        if h == 'mask': told = corrected(told, consensus([answers[s] for s in ('mask_image', 'mask_sar')]), torch.ones_like(valid))
+        assert torch.allclose(logp, told, atol=1e-5)
         assert torch.equal(targets[h].labels, found.labels) and torch.equal(targets[h].weight, torch.where(found.labels != IGNORE, found.confidence, 0))
     assert set(SOURCES['cross']['mask_image']) & {'mask_image'} == set() and set(SOURCES['cross']['mask_sar']) & {'mask_sar'} == set()
+
+@given(st.integers(0, 99), st.floats(.01, 10), st.integers(2, 5))
+def test_a_correction_is_a_probability_that_follows_the_sensors_and_only_where_they_see(seed, doubt, classes):
+    from rs_mtl.training.dllr import REACH, corrected
+    g = torch.Generator().manual_seed(seed)
+    fused, sensors = ((3*torch.randn(2, classes, 12, 14, generator=g)).log_softmax(1) for _ in range(2))
+    seen = torch.zeros(2, 1, 12, 14, dtype=torch.bool); seen[..., :6] = True
+    blind = torch.where(seen, sensors, float('nan'))          # what a blind sensor says does not count, whatever it is
+    p = corrected(fused, blind, seen, doubt)
+    assert torch.allclose(p.exp().sum(1), torch.ones(2, 12, 14), atol=1e-4)
+    assert torch.allclose(p[..., 6 + REACH//2:], fused[..., 6 + REACH//2:], atol=1e-4)
+    flat = [x.exp().mean((2, 3), keepdim=True).expand_as(x).log() for x in (fused, sensors)]
+    moved = corrected(*flat, torch.ones_like(seen), doubt) - flat[0]
+    first = (flat[1].exp() + doubt)/(flat[0].exp() + doubt)
+    assert torch.equal(moved[:, :, 0, 0].argmax(1), first[:, :, 0, 0].argmax(1))   # the class of which they see most more gains most
 
 def test_reassigners_see_labels_but_not_those_that_are_not_valid(batch):
     seen = []
@@ -577,7 +594,7 @@ def test_reassigners_see_labels_but_not_those_that_are_not_valid(batch):
     how.learn(net.train(), batch | {'valid_mask': valid})
     assert torch.equal(seen[0], torch.where(valid[:, 0], batch['mask'], IGNORE)) and seen[1].shape == (6, 3, 24, 24) and not seen[1].requires_grad
 
-@pytest.mark.parametrize('wrong', [dict(reassignment='all'), dict(consistency='crossed'), dict(complementary=-1), dict(threshold=2), dict(masking=None, mask_labelled=True)])
+@pytest.mark.parametrize('wrong', [dict(reassignment='all'), dict(consistency='crossed'), dict(complementary=-1), dict(threshold=2), dict(masking=None, mask_labelled=True), dict(doubt=0), dict(doubt=float('nan'))])
 def test_settings_of_dllr_that_make_no_sense(wrong):
     with pytest.raises(ConfigError): semi_objective('dllr', **wrong)
 

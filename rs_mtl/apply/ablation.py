@@ -75,6 +75,7 @@ ABLATIONS['dllr'] = Plan({
     'dllr, joined by concat': _dllr(net={'complementary': False}),
     'dllr, likeliest labels': _dllr(reassignment=None),
     'dllr, pixel level': _dllr(reassignment='pixel'),
+    'dllr, sensors not heard': _dllr(doubt=None),
     'dllr, fused teacher': _dllr(consistency='self'),
     'dllr, no slow copy': _dllr(decay=0.),
     'dllr, no pseudo-labels': _dllr(consistency=None),
