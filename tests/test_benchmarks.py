@@ -18,6 +18,7 @@ SMALL = {  # a new benchmark joins with a line
     'transfer': dict(scenes=4, city_steps=2, steps=2, seeds=1),
     'cloud_impact': dict(size=64, scenes=16, test_scenes=2, steps=4, seeds=1),
     'segcr_real': dict(scenes=4, land_steps=2, tune=2, steps=2, seeds=1, batch_size=2),
+    'dllr_real': dict(side=32, begin=2, steps=2, batch_size=2, seeds=1, methods='supervised;unimatch;dllr'),
     'scene': dict(pixels=200, real_pixels=160, tile=64, encoder='mobilenetv3_small_050', width=8, rounds=1, real_rounds=1, sides='100,200', column=80),
     'reading': dict(pixels=600, sizes='128', dtypes='uint8', workers='0', seconds=.05, rounds=1, warm=8, steps=2, step_size=64),
 }
@@ -50,7 +51,7 @@ def series(path, variables, side, dates=8):
 
 
 def clouded_places(folder):
-    "Triplets, series and pairs before a flood, as the benchmark of real clouds expects them."
+    "Triplets, series and floods, as the benchmarks on real places expect them."
     import numpy as np
     import rasterio
     rng = np.random.default_rng(0)
@@ -70,11 +71,13 @@ def clouded_places(folder):
         if site == 'A': series(place/'S2_L2A_10m.nc', bands(('B02', 'B03', 'B04', 'B08'), 64), 64)
     for part in ('train', 'test'):
         for number in ('0001', '0002'):
-            for sensor, n in (('S1', 1), ('S2', 3)): picture(folder/'ombria'/f'Ombria{sensor}'/part/'BEFORE'/f'{sensor}_before_{number}.png', rng.integers(1, 200, (n, 128, 128)).astype('uint8'), driver='PNG')
+            for when in ('before', 'after'):
+                for sensor, n in (('S1', 1), ('S2', 3)): picture(folder/'ombria'/f'Ombria{sensor}'/part/when.upper()/f'{sensor}_{when}_{number}.png', rng.integers(1, 200, (n, 128, 128)).astype('uint8'), driver='PNG')
+            picture(folder/'ombria'/'OmbriaS1'/part/'MASK'/f'S1_mask_{number}.png', 255*(rng.random((1, 128, 128)) < .3).astype('uint8'), driver='PNG')
     return folder
 
 
-FILES = {'transfer': plots, 'segcr_real': clouded_places}  # benchmarks that read files: what makes some
+FILES = {'transfer': plots, 'segcr_real': clouded_places, 'dllr_real': clouded_places}  # benchmarks that read files: what makes some
 
 
 def check(result, name):
