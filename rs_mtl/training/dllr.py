@@ -104,10 +104,9 @@ class Assigning(Switches):
     def opinion(self, head: str, answers: Mapping[str, Tensor], where: Mapping[str, Tensor]) -> Tensor: # (B,C,H,W) log-probabilities
         "What the teachers of a head say together."
         by = SOURCES[self.consistency][head]
-        told = consensus([answers[s] for s in by], [where[s] for s in by])
-        if head != 'mask' or self.consistency != 'cross' or self.doubt is None: return told
-        sensors = [h for h in SENSORS if h in where]
-        return corrected(told, consensus([answers[h] for h in sensors], [where[h] for h in sensors]), torch.stack([where[h] for h in sensors]).any(0), self.doubt)
+        together = lambda heads: consensus([answers[h] for h in heads], [where[h] for h in heads])
+        if head != 'mask' or self.consistency != 'cross' or self.doubt is None: return together(by)
+        return corrected(together(by), together(SENSORS), where['mask'], self.doubt)   # where any sensor can judge
 
     def targets(self, answers: Mapping[str, Tensor], where: Mapping[str, Tensor]) -> dict[str, Target]:
         if not self.consistency: return {}
