@@ -549,6 +549,7 @@ def test_masks_and_boxes_change_from_step_to_step_and_from_rank_to_rank_but_not_
 @pytest.mark.parametrize('off', [dict(complementary=False), dict(reassignment=None), dict(reassignment='pixel'), dict(consistency='self'), dict(consistency=None), dict(masking=None), dict(threshold=.6), dict(doubt=None), dict(decay=0.)])
 def test_each_switch_changes_what_it_should(batch, off):
     full, other = dllr(batch)[0], dllr(batch, **off)[0]
+    assert semi_objective('dllr', **off).settings != semi_objective('dllr').settings    # a run that is resumed is told
     assert torch.equal(full['mask'], other['mask']) and (full['total'] != other['total'] or 'decay' in off)  # at the first step the slow copy is the net
     if 'complementary' in off: assert 'complementary' not in other and torch.equal(full['pseudo'], other['pseudo'])
     if off.get('consistency', 1) is None: assert 'pseudo' not in other and other['complementary'] > 0
@@ -569,6 +570,16 @@ def test_heads_are_taught_by_the_others_after_reassignment(batch):
         assert torch.allclose(logp, told, atol=1e-5)
         assert torch.equal(targets[h].labels, found.labels) and torch.equal(targets[h].weight, torch.where(found.labels != IGNORE, found.confidence, 0))
     assert set(SOURCES['cross']['mask_image']) & {'mask_image'} == set() and set(SOURCES['cross']['mask_sar']) & {'mask_sar'} == set()
+
+def test_a_sensor_that_sees_nothing_does_not_correct_the_fused_head(batch):
+    from rs_mtl.training.dllr import corrected
+    _, net, how = dllr(batch)
+    with answering(net): answers = net(look(batch))
+    where = judged(look(batch))
+    nothing = torch.zeros_like(where['mask'])
+    told = how.opinion('mask', answers, where | {'mask_sar': nothing})
+    assert torch.allclose(told, corrected(consensus([answers['mask']]), consensus([answers['mask_image']]), where['mask']), atol=1e-5)
+    assert not torch.allclose(told, consensus([answers['mask']]), atol=1e-3)
 
 @given(st.integers(0, 99), st.floats(.01, 10), st.integers(2, 5))
 def test_a_correction_is_a_probability_that_follows_the_sensors_and_only_where_they_see(seed, doubt, classes):
