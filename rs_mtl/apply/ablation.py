@@ -8,6 +8,7 @@ __all__ = ['ABLATIONS', 'SHORT', 'Plan', 'plan_of', 'variants', 'drawn', 'train_
 
 # %% ../../nbs/apply/76_ablation.ipynb #f81d83bb
 import hashlib, inspect, json, math, re, time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -325,7 +326,7 @@ def figure(rows: Sequence[Mapping[str, Any]],                          # of a ta
             ax.plot(means[name], y, '|', ms=16, mew=2, color='C0')
             ax.plot(found[name], [y]*len(found[name]), 'o', ms=4, color='C1', alpha=.8)
         ax.set(xlabel=label, yticks=range(len(names)), yticklabels=names); ax.grid(axis='x', alpha=.3); ax.locator_params(axis='x', nbins=5)
-    axes[0][0].invert_yaxis()
+    axes[0][0].set_ylim(len(names) - .5, -.5)   # the first on top, also one that stands at the rim
     plt.close(fig)
     return fig
 
@@ -337,12 +338,15 @@ def label_curve(rows: Sequence[Mapping[str, Any]], # of a table with labels
     "A score against the share of labels, for the variants that have several."
     import matplotlib.pyplot as plt
     from rs_mtl.data.label_splits import parse_fraction
-    lines = summary(rows, (score,))
-    shares = sorted({r['labels'] for r in lines}, key=parse_fraction)
+    shares = sorted({r['labels'] for r in rows}, key=parse_fraction)
+    seeds: dict[tuple[str, str], set[int]] = {}
+    for r in rows: seeds.setdefault((r['variant'], r['labels']), set()).add(r['seed'])
+    several = [name for name, n in Counter(name for name, _ in seeds).items() if n > 1]
+    common = set.intersection(*(s for (name, _), s in seeds.items() if name in several)) if several else set()
+    lines = summary([r for r in rows if r['variant'] in several and (not common or r['seed'] in common)], (score,))   # no share is to look better for the luck of its draws
     fig, ax = plt.subplots(figsize=(4.6, 3.2), layout='constrained')
-    for name in dict.fromkeys(r['variant'] for r in lines):
+    for name in several:
         of = {r['labels']: r for r in lines if r['variant'] == name}
-        if len(of) < 2: continue
         x = [i for i, s in enumerate(shares) if s in of]
         mean, std = (np.array([of[shares[i]][k] for i in x]) for k in (score, f'{score}_std'))
         ax.plot(x, mean, 'o-', label=name); ax.fill_between(x, mean - np.nan_to_num(std), mean + np.nan_to_num(std), alpha=.15)
