@@ -246,6 +246,33 @@ def test_a_scene_that_was_read_travels_to_workers(town, how):
     assert os.getpid() not in torch.cat([b['pid'] for b in batches])
 
 
+FORKED = '''
+import multiprocessing, os, sys
+import numpy as np
+os.environ['GDAL_NUM_THREADS'] = 'ALL_CPUS'   # as a tile server leaves it behind
+from rs_mtl.data.rasters import write_raster
+from rs_mtl.data.scene import Scene
+folder, what = sys.argv[1:]
+place = {'crs': 'EPSG:32633', 'transform': (1., 0., 0., 0., -1., 2000.)}
+values = np.random.default_rng(0).random((3, 1024, 1024), np.float32)
+file = write_raster(f'{folder}/parent.tif', values, place)
+def child():
+    if what == 'read': assert np.array_equal(Scene({'image': file}).read()['image'].numpy(), values)
+    else: write_raster(f'{folder}/child.tif', values, place)
+Scene({'image': file}).read()
+process = multiprocessing.get_context('fork').Process(target=child)
+process.start()
+process.join(60)
+if process.is_alive(): process.kill(); sys.exit('the child waits for ever')
+sys.exit(process.exitcode)
+'''
+
+@pytest.mark.parametrize('what', ['read', 'write'])
+def test_a_forked_child_does_not_wait_for_threads_that_stayed_behind(tmp_path, what):
+    done = subprocess.run([sys.executable, '-c', FORKED, str(tmp_path), what], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_threads_read_at_once_and_get_what_they_asked_for(town):
     scene, wrong = Scene(town[0]), []
 

@@ -24,6 +24,8 @@ def _levels(shape: tuple[int, int]) -> list[int]:
     while max(shape) >> (len(levels) + 1) >= 256: levels.append(2 << len(levels))
     return levels
 
+_threads = 'all_cpus'   # that compress what is written
+
 @contextmanager
 def create_raster(path: str | Path,                            # the final name
                   shape: tuple[int, int],                      # rows, columns
@@ -48,7 +50,7 @@ def create_raster(path: str | Path,                            # the final name
     with whole_file(path) as part, _draft(part) as draft:
         with _quiet():
             dst = rasterio.open(draft, 'w', driver='GTiff', height=shape[0], width=shape[1], count=count, dtype=dtype, nodata=nodata, tiled=True, blockxsize=256, blockysize=256,
-                                bigtiff='if_safer', num_threads='all_cpus', **pack, **colour, **place)
+                                bigtiff='if_safer', num_threads=_threads, **pack, **colour, **place)
         with dst:
             dst.scales, dst.offsets = np.broadcast_to(scale, count).tolist(), np.broadcast_to(offset, count).tolist()
             if bands: dst.descriptions = tuple(bands)
@@ -83,7 +85,7 @@ def _in_order(draft: Path, part: Path, path: str | Path, overviews: bool, predic
     "Compress a draft into a file whose headers and overviews come first."
     from rasterio.shutil import copy
     try:
-        copy(str(draft), str(part), driver='COG', blocksize=256, compress='deflate', level=3, predictor=predictor, overviews='force_use_existing' if overviews else 'none', bigtiff='if_safer', num_threads='all_cpus')
+        copy(str(draft), str(part), driver='COG', blocksize=256, compress='deflate', level=3, predictor=predictor, overviews='force_use_existing' if overviews else 'none', bigtiff='if_safer', num_threads=_threads)
     except read_errors() as e: raise _no_room(path, str(e)) from e
 
 # %% ../../nbs/data/20_rasters.ipynb #407572a3
@@ -250,8 +252,9 @@ def _most_files() -> int:
 FILES = Files()
 
 def _forked() -> None:
-    global _filters
+    global _filters, _threads
     _filters = threading.RLock()
+    _threads = os.environ['GDAL_NUM_THREADS'] = '1'     # a tile server sets it to all, for the whole process
     FILES.forget()
 
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_forked)
