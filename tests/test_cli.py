@@ -201,10 +201,11 @@ def test_an_ablation_writes_its_table_and_what_is_done_is_not_trained_again(tmp_
     run('ablate', tmp_path, **how)
     assert kept == {p: p.stat().st_mtime_ns for p in kept}
 
-def test_an_ablation_of_learning_from_few_labels_draws_them_and_leaves_a_curve(tmp_path):
-    run('ablate', tmp_path, model='dllr', quick=True, only='supervised;dllr', options='width=8,full=8,detail=4', out=str(tmp_path))
-    found = json.loads((tmp_path/'dllr_labels.json').read_text())
-    assert [(r['variant'], r['labels']) for r in found['rows']] == [('supervised', '8'), ('dllr', '8')] and 'keep theirs' in found['protocol']
+@pytest.mark.parametrize(('plan', 'file'), [('dllr', 'dllr_labels'), ('dllr_clouds', 'dllr_clouds')])
+def test_an_ablation_of_learning_from_few_labels_draws_them_and_leaves_a_curve(tmp_path, plan, file):
+    run('ablate', tmp_path, model=plan, quick=True, only='supervised;dllr', options='width=8,full=8,detail=4', out=str(tmp_path))
+    found = json.loads((tmp_path/f'{file}.json').read_text())
+    assert [(r['variant'], r['labels']) for r in found['rows']] == [('supervised', '8'), ('dllr', '8')] and 'keep theirs' in found['protocol'] and ('cover' in found['protocol']) == (plan == 'dllr_clouds')
 
 
 def test_an_ablation_under_cloud_is_told_by_cover_and_without_clouds(tmp_path):

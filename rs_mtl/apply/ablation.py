@@ -10,7 +10,7 @@ __all__ = ['ABLATIONS', 'SHORT', 'Plan', 'plan_of', 'variants', 'drawn', 'train_
 import hashlib, inspect, json, math, re, time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ ABLATIONS['dllr'] = Plan({
     'unimatch': _dllr('unimatch', threshold=.8),
     'dllr': _dllr(),
     'dllr, nothing hidden': _dllr(masking=False, complementary=False),
+    'dllr, no lesson': _dllr(complementary=False),
     'dllr, joined by concat': _dllr(net={'complementary': False}),
     'dllr, likeliest labels': _dllr(reassignment=None),
     'dllr, pixel level': _dllr(reassignment='pixel'),
@@ -81,6 +82,12 @@ ABLATIONS['dllr'] = Plan({
     'dllr, no slow copy': _dllr(decay=0.),
     'dllr, no pseudo-labels': _dllr(consistency=None),
 }, 'land', ('image', 'sar'), ('mask',), {'miou': 'mIoU'}, 'supervised', 'dllr_labels', curve=('supervised', 'mean teacher', 'fixmatch', 'dllr'), options={'days': 1.}, train={'tiles': 4}, last=True)
+
+# %% ../../nbs/apply/76_ablation.ipynb #7d3c11a3
+_WEATHER = {'masking': {'image': .5, 'sar': .25}}   # where clouds hide much, much is hidden
+
+ABLATIONS['dllr_clouds'] = replace(ABLATIONS['dllr'], variants={name: [_WEATHER | n for n in nets] for name, nets in ABLATIONS['dllr'].variants.items()},
+    result='dllr_clouds', options={'days': 1., 'cover': (0., .9)})
 
 # %% ../../nbs/apply/76_ablation.ipynb #e42e1a97
 _SEGCR: dict[str, Any] = {'model': 'segcr', 'tasks': ('mask', 'clear'), 'fusion': 'concat', 'cloud_impact': False, 'translation': False}

@@ -44,7 +44,7 @@ TEACH = {  # what a newcomer should know before the options
                'run the same line again when its cause is gone. --workers shares them among processes of this machine, --cluster among those of a Dask scheduler (both need the extra cluster).',
     'report': 'Of one run: report.html in its folder, with scores, curves, pictures and a map. Of several: report.html in the folder that holds them all, with a table, curves and pictures side by side; '
               'scores stand together only where data, split, classes and pixels are the same, and what is no run or not finished is named. A page is one file and needs no network.',
-    'ablate': 'Trains every variant of ctme, dllr or segcr several times, from the plain net to the full model, and writes a table with means and spreads. May be stopped at any time: the same command goes on with what is missing.'}
+    'ablate': 'Trains every variant of ctme, dllr (under clouds: dllr_clouds) or segcr several times, from the plain net to the full model, and writes a table with means and spreads. May be stopped at any time: the same command goes on with what is missing.'}
 STEPS = """first steps:
   rs-mtl list                                      the names of models and data sets
   rs-mtl train plain --data city --out runs/mine   learn in a drawn world; nothing to download
