@@ -84,9 +84,8 @@ ABLATIONS['dllr'] = Plan({
 }, 'land', ('image', 'sar'), ('mask',), {'miou': 'mIoU'}, 'supervised', 'dllr_labels', curve=('supervised', 'mean teacher', 'fixmatch', 'dllr'), options={'days': 1.}, train={'tiles': 4}, last=True)
 
 # %% ../../nbs/apply/76_ablation.ipynb #7d3c11a3
-_WEATHER = {'masking': {'image': .5, 'sar': .25}}   # where clouds hide much, much is hidden
-
-ABLATIONS['dllr_clouds'] = replace(ABLATIONS['dllr'], variants={name: [{**_WEATHER, **n} for n in nets] for name, nets in ABLATIONS['dllr'].variants.items()},
+ABLATIONS['dllr_clouds'] = replace(ABLATIONS['dllr'],
+    variants={name: [{'masking': {'image': .5, 'sar': .25}, **n} for n in nets] for name, nets in ABLATIONS['dllr'].variants.items()},
     result='dllr_clouds', options={'days': 1., 'cover': (0., .9)})
 
 # %% ../../nbs/apply/76_ablation.ipynb #e42e1a97
