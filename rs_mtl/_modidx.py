@@ -1681,6 +1681,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'rs_mtl/training/runtime.py'),
                                          'rs_mtl.training.runtime._failure': ( 'training/runtime.html#_failure',
                                                                                'rs_mtl/training/runtime.py'),
+                                         'rs_mtl.training.runtime._let_go': ('training/runtime.html#_let_go', 'rs_mtl/training/runtime.py'),
                                          'rs_mtl.training.runtime._no_surprises': ( 'training/runtime.html#_no_surprises',
                                                                                     'rs_mtl/training/runtime.py'),
                                          'rs_mtl.training.runtime._obey_parent': ( 'training/runtime.html#_obey_parent',

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import Send, Squares, die, even, forkserver, tiny
+from tiny import Send, Squares, die, even, forkserver, tiny, torchrun
 
 from rs_mtl.core import CheckpointError, ConfigError, DataError, LabelError, TrainingDiverged
 from rs_mtl.training.checkpoint import load, read_pair
@@ -394,6 +394,28 @@ def test_any_net_and_any_objective_that_keep_the_contract_can_be_trained():
     _, run = train(None, net=Own(), objective=squared)
     assert run.history[-1]['loss'] < run.history[0]['loss'] and 'val_height_mae' in run.history[0]
 
+LEAVE = '''
+import os, torch
+import torch.distributed as dist
+from rs_mtl.training.runtime import make_accelerator
+make_accelerator('cpu')
+dist.barrier()
+for t in map(int, os.listdir('/proc/self/task')):
+    os.sched_setaffinity(t, {min(os.sched_getaffinity(0))})
+    if 'gloo_runloop' in open(f'/proc/self/task/{t}/comm').read(): os.sched_setscheduler(t, os.SCHED_IDLE, os.sched_param(0))
+def ask(): dist.all_reduce(torch.ones(3))
+for _ in range(30): ask()
+'''
+BUSY = 'import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nwhile True: pass'
+
+@pytest.mark.skipif(not hasattr(os, 'SCHED_IDLE'), reason='starves a thread in the way of Linux')
+def test_processes_leave_in_peace_though_their_threads_hardly_get_to_run(tmp_path):
+    (tmp_path/'leave.py').write_text(LEAVE)
+    with subprocess.Popen([sys.executable, '-c', BUSY]) as busy:
+        try: said = torchrun(tmp_path/'leave.py')
+        finally: busy.kill()
+    assert said.returncode == 0, said.stderr[-3000:]
+
 PAIR = '''
 import sys
 from tiny import *
@@ -404,8 +426,7 @@ run = fit(tiny(dropout=0.), Squares(16), epochs=2, batch_size=4, lr=.02, device=
 
 def test_two_processes_train_the_same_net_as_one(tmp_path):
     (tmp_path/'pair.py').write_text(PAIR)
-    said = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0', str(tmp_path/'pair.py'), str(tmp_path/'two')],
-                          env=ENV, capture_output=True, text=True, timeout=180)
+    said = torchrun(tmp_path/'pair.py', tmp_path/'two')
     assert said.returncode == 0, said.stderr[-3000:]
     net, one = train(tmp_path/'one', net=tiny(dropout=0.), val=Squares(5, seed=1), epochs=2)
     a, b = weights(tmp_path/'one'), weights(tmp_path/'two')

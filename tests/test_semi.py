@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import torchrun
 from torch.utils.data import default_collate
 from two import Few, Two, pairs, two  # the tiny net and data, also imported by child processes
 
@@ -630,8 +631,7 @@ dist.barrier(); dist.destroy_process_group()
 
 def test_two_processes_keep_the_same_objective(tmp_path):
     (tmp_path/'pair.py').write_text(PAIR)
-    said = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0', str(tmp_path/'pair.py'), str(tmp_path)],
-                          env=ENV, capture_output=True, text=True, timeout=300)
+    said = torchrun(tmp_path/'pair.py', tmp_path)
     assert said.returncode == 0, said.stderr[-3000:]
     for name in ('mean_teacher', 'dllr'):
         (row,) = read_pair(tmp_path/name, 'state')[1]['run']['history'][-1:]

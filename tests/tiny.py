@@ -2,7 +2,10 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -82,3 +85,10 @@ def map_slowly(image, out):
     from rs_mtl.apply.predict import predict_scene
     torch.set_num_threads(1)
     predict_scene(Slow(), {'image': image}, out, 64)
+
+
+def torchrun(*script):
+    "A script and its arguments in two processes on this machine."
+    env = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(Path(__file__).parent), 'RS_MTL_PROGRESS': '0'}
+    return subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0', *map(str, script)],
+                          env=env, capture_output=True, text=True, timeout=300)

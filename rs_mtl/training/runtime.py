@@ -7,7 +7,7 @@ __all__ = ['Batches', 'Failure', 'Items', 'collate', 'make_loader', 'open_loader
            'pick_precision', 'make_accelerator', 'to_device', 'schedule']
 
 # %% ../../nbs/training/63_runtime.ipynb #5c650ba8
-import contextlib, json, os, signal, socket, threading
+import atexit, contextlib, json, os, signal, socket, threading, time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -228,10 +228,17 @@ def make_accelerator(device: str = 'auto', precision: str = 'auto') -> Any:
     several = int(os.environ.get('WORLD_SIZE', 1)) > 1
     before = os.environ.get('ACCELERATE_TORCH_DEVICE')
     if not several: os.environ['ACCELERATE_TORCH_DEVICE'] = str(target)
+    else:
+        atexit.unregister(_let_go)  # once is enough
+        atexit.register(_let_go)
     try: return Accelerator(cpu=target.type == 'cpu', mixed_precision=pick_precision(precision, target))
     finally:
         if before is None: os.environ.pop('ACCELERATE_TORCH_DEVICE', None)
         else: os.environ['ACCELERATE_TORCH_DEVICE'] = before
+
+def _let_go() -> None:
+    "Time for threads that talk to other processes to let go of their last tensors: one that does so while Python ends aborts a run that is done."
+    time.sleep(.2)
 
 def to_device(batch: dict[str, Tensor],         # tensors, and whatever else stands beside them
               device: torch.device,
