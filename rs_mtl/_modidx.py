@@ -1798,6 +1798,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'rs_mtl/training/semi.py'),
                                       'rs_mtl.training.semi.Unlabelled.watch': ( 'training/semi.html#unlabelled.watch',
                                                                                  'rs_mtl/training/semi.py'),
+                                      'rs_mtl.training.semi._options': ('training/semi.html#_options', 'rs_mtl/training/semi.py'),
                                       'rs_mtl.training.semi._pasted': ('training/semi.html#_pasted', 'rs_mtl/training/semi.py'),
                                       'rs_mtl.training.semi._shares': ('training/semi.html#_shares', 'rs_mtl/training/semi.py'),
                                       'rs_mtl.training.semi.answering': ('training/semi.html#answering', 'rs_mtl/training/semi.py'),
