@@ -10,21 +10,17 @@ import sys
 import threading
 import time
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import Send, Squares, die, even, forkserver, tiny, torchrun
+from tiny import ENV, Send, Squares, die, even, forkserver, tiny, torchrun
 
 from rs_mtl.core import CheckpointError, ConfigError, DataError, LabelError, TrainingDiverged
 from rs_mtl.training.checkpoint import load, read_pair
 from rs_mtl.training.fit import evaluate, fit, fit_stats
 from rs_mtl.training.losses import Objective
 from rs_mtl.training.runtime import folder_lock
-
-HERE = Path(__file__).parent
-ENV = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(HERE), 'RS_MTL_PROGRESS': '0'}
 
 
 @pytest.fixture(autouse=True)
@@ -411,10 +407,11 @@ BUSY = 'import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nwhil
 @pytest.mark.skipif(not hasattr(os, 'SCHED_IDLE'), reason='starves a thread in the way of Linux')
 def test_processes_leave_in_peace_though_their_threads_hardly_get_to_run(tmp_path):
     (tmp_path/'leave.py').write_text(LEAVE)
-    with subprocess.Popen([sys.executable, '-c', BUSY]) as busy:
-        try: said = torchrun(tmp_path/'leave.py')
-        finally: busy.kill()
-    assert said.returncode == 0, said.stderr[-3000:]
+    busy = [subprocess.Popen([sys.executable, '-c', BUSY]) for _ in range(4)]   # beside fewer, the thread came to run in time on an idle machine
+    try: said = [torchrun(tmp_path/'leave.py') for _ in range(2)]                   # once finds three faults of four
+    finally:
+        for p in busy: p.kill(); p.wait()
+    assert not any(s.returncode for s in said), '\n'.join(s.stderr[-3000:] for s in said)
 
 PAIR = '''
 import sys

@@ -1,18 +1,16 @@
 "Few labels: which places keep them, what an item holds, and what each method does in a step, when resumed, and when the data are bad."
 import itertools
 import json
-import os
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import torchrun
+from tiny import ENV, torchrun
 from torch.utils.data import default_collate
 from two import Few, Two, pairs, two  # the tiny net and data, also imported by child processes
 
@@ -28,8 +26,6 @@ from rs_mtl.training.losses import Objective
 from rs_mtl.training.semi import METHODS, SENSORS, Target, answering, consensus, evened, judged, look, paste, pseudo_loss, ramped, semi_objective, share_loss
 from rs_mtl.worlds.land import Land
 
-HERE = Path(__file__).parent
-ENV = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(HERE), 'RS_MTL_PROGRESS': '0'}
 ALL = METHODS.names()
 SURE = {'fixmatch': {'threshold': 0.}, 'unimatch': {'threshold': 0.}}  # a net of three steps is sure of nothing
 

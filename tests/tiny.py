@@ -14,6 +14,8 @@ from torch.utils.data import Dataset
 import rs_mtl  # noqa: F401
 from rs_mtl.core import MODELS
 
+ENV = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(Path(__file__).parent), 'RS_MTL_PROGRESS': '0'}  # of child processes
+
 
 class Squares(Dataset):
     "Bright squares are roofs; the brighter, the higher."
@@ -89,6 +91,5 @@ def map_slowly(image, out):
 
 def torchrun(*script):
     "A script and its arguments in two processes on this machine."
-    env = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(Path(__file__).parent), 'RS_MTL_PROGRESS': '0'}
     return subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0', *map(str, script)],
-                          env=env, capture_output=True, text=True, timeout=300)
+                          env=ENV, capture_output=True, text=True, timeout=300)

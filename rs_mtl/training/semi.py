@@ -12,6 +12,7 @@ import copy, warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -414,12 +415,12 @@ def semi_objective(method: str,                         # one of `METHODS`
     known = _options(build)
     if wrong := [k for k in options if k not in known]: raise ConfigError(f'method {method!r} has no option {wrong[0]!r}', f'one of {", ".join(known)}', _closest(wrong[0], known))
     for k, value in options.items():
-        if not isinstance(value, known[k]): raise ConfigError(f'method {method!r}: {k}={value!r}', ' or '.join(dict.fromkeys('a number' if t in (float, int) else 'None' if t is type(None) else t.__name__ for t in known[k])))
+        if not isinstance(value, known[k]): raise ConfigError(f'method {method!r}: {k}={value!r}', ' or '.join({Real: 'a number', Integral: 'a whole number', type(None): 'None'}.get(t, t.__name__) for t in known[k]))
     return build(tasks, **options)
 
 def _options(build: Any) -> dict[str, tuple[type, ...]]: # name -> types of its values
     "What the classes of a method take."
     import inspect, types, typing
     found = {k: p.annotation for c in reversed(build.__mro__[:build.__mro__.index(nn.Module)]) for k, p in inspect.signature(c.__init__).parameters.items() if k not in ('self', 'kwargs', 'tasks')}
-    kinds = {k: tuple(typing.get_origin(t) or t for t in (a.__args__ if isinstance(a, types.UnionType) else (a,))) for k, a in found.items()}
-    return {k: (*t, int) if float in t else t for k, t in kinds.items()}
+    kind: Any = lambda t: {float: Real, int: Integral}.get(t, typing.get_origin(t) or t)   # numpy's numbers are none of Python's, but they are numbers
+    return {k: tuple(map(kind, a.__args__ if isinstance(a, types.UnionType) else (a,))) for k, a in found.items()}
