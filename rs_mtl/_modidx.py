@@ -1790,6 +1790,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'rs_mtl/training/semi.py'),
                                       'rs_mtl.training.semi.Unlabelled.headed': ( 'training/semi.html#unlabelled.headed',
                                                                                   'rs_mtl/training/semi.py'),
+                                      'rs_mtl.training.semi.Unlabelled.learned': ( 'training/semi.html#unlabelled.learned',
+                                                                                   'rs_mtl/training/semi.py'),
                                       'rs_mtl.training.semi.Unlabelled.source': ( 'training/semi.html#unlabelled.source',
                                                                                   'rs_mtl/training/semi.py'),
                                       'rs_mtl.training.semi.Unlabelled.targets': ( 'training/semi.html#unlabelled.targets',

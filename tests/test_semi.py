@@ -23,7 +23,7 @@ from rs_mtl.layers.masking import Masking
 from rs_mtl.training.checkpoint import read_pair
 from rs_mtl.training.fit import evaluate, fit
 from rs_mtl.training.losses import Objective
-from rs_mtl.training.semi import METHODS, SENSORS, Target, answering, consensus, evened, judged, look, paste, pseudo_loss, ramped, semi_objective, share_loss
+from rs_mtl.training.semi import METHODS, SENSORS, Target, answering, channels_dropped, consensus, evened, judged, look, paste, pseudo_loss, ramped, semi_objective, share_loss
 from rs_mtl.worlds.land import Land
 
 ALL = METHODS.names()
@@ -39,7 +39,12 @@ def data(): return pairs()
 @pytest.fixture(scope='module')
 def batch(data): return default_collate([data[i] for i in range(6)])
 
-def method(name, **options): return semi_objective(name, **({} if name == 'supervised' else SURE.get(name, {})), **options)
+FEWER = 'dllr of fewer channels'
+TAUGHT = [*(n for n in ALL if n != 'supervised'), FEWER]
+
+def method(name, **options):
+    if name == FEWER: name, options = 'dllr', {'drop': .5} | options
+    return semi_objective(name, **SURE.get(name, {}), **options)
 
 def train(name, data, net=None, out=None, **kwargs):
     options = kwargs.pop('options', {})
@@ -243,7 +248,7 @@ def test_each_method_lowers_its_loss_and_says_what_it_taught(name, data):
     assert sum(last[f'pseudo_{c}'] for c in data.classes) == pytest.approx(1, abs=1e-4) and 0 < last['kept'] <= 1.0001
     assert .5 < last['right'] <= 1 and (name == 'cps' or first['right'] < last['right'])   # crossed labels alone may get worse in so short a time
 
-@pytest.mark.parametrize('name', [n for n in ALL if n != 'supervised'])
+@pytest.mark.parametrize('name', TAUGHT)
 def test_weight_0_is_the_supervised_baseline_bit_for_bit_and_another_weight_is_not(name, data):
     (a, _), (b, run), (c, _) = train('supervised', data), train(name, data, options={'weight': 0.}), train(name, data, options={'ramp': 0.})
     assert same(a.state_dict(), b.state_dict()) and run.history[0]['loss_pseudo'] == run.history[0]['unlabelled_weight'] == 0
@@ -258,7 +263,7 @@ def test_nobody_learns_from_masks_of_unlabelled_places(name):
     none, true, lie = lied(''), lied('true'), lied('lie')
     assert same(none, true) and same(none, lie)
 
-@pytest.mark.parametrize('name', [n for n in ALL if n != 'supervised'])
+@pytest.mark.parametrize('name', TAUGHT)
 def test_nan_where_unlabelled_pixels_are_not_valid_does_no_harm(name, batch):
     hole = torch.zeros(6, 1, 24, 24, dtype=torch.bool)
     hole[:, :, 4:12, 6:20] = True
@@ -277,7 +282,7 @@ def test_nan_where_unlabelled_pixels_are_not_valid_does_no_harm(name, batch):
         assert all(v.isfinite().all() for v in (*a.values(), *da.values()))
         assert all(torch.equal(a[k], b[k]) for k in a) and all(torch.equal(da[k], db[k]) for k in da)
 
-@pytest.mark.parametrize('name', [n for n in ALL if n != 'supervised'])
+@pytest.mark.parametrize('name', TAUGHT)
 def test_no_gradient_reaches_whoever_gives_the_targets(name, batch):
     net, how = two(), method(name, ramp=0.)
     how.begin(net)
@@ -543,7 +548,7 @@ def test_masks_and_boxes_change_from_step_to_step_and_from_rank_to_rank_but_not_
         return how.learn(net.train(), batch)['total'].item()
     assert total() == total() and len({total(), total(step=1), total(rank=1), total(seed=1)}) == 4
 
-@pytest.mark.parametrize('off', [dict(complementary=False), dict(reassignment=None), dict(reassignment='pixel'), dict(consistency='self'), dict(consistency=None), dict(masking=None), dict(threshold=.6), dict(doubt=None), dict(decay=0.)])
+@pytest.mark.parametrize('off', [dict(complementary=False), dict(reassignment=None), dict(reassignment='pixel'), dict(consistency='self'), dict(consistency=None), dict(masking=None), dict(threshold=.6), dict(doubt=None), dict(decay=0.), dict(drop=.5)])
 def test_each_switch_changes_what_it_should(batch, off):
     full, other = dllr(batch)[0], dllr(batch, **off)[0]
     assert semi_objective('dllr', **off).settings != semi_objective('dllr').settings    # a run that is resumed is told
@@ -551,6 +556,37 @@ def test_each_switch_changes_what_it_should(batch, off):
     if 'complementary' in off: assert 'complementary' not in other and torch.equal(full['pseudo'], other['pseudo'])
     if off.get('consistency', 1) is None: assert 'pseudo' not in other and other['complementary'] > 0
     if 'threshold' in off: assert other['kept'] < full['kept']
+    if 'drop' in off: assert 'feature' not in full and other['feature'] > 0 and torch.equal(full['pseudo'], other['pseudo'])
+
+@given(share=st.floats(0, .95), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_two_sensors_lose_channels_apart_whoever_is_asked_first(share, seed):
+    net, x = two(width=32), {'image': torch.rand(5, 4, 8, 8), 'sar': torch.randn(5, 2, 8, 8)}
+    for k in x: torch.nn.init.constant_(getattr(net, k)[1].second.bias, 9.)      # no channel is 0 by itself
+    ask = lambda *order: {k: getattr(net, k)(x[k])[0] for k in order}
+    whole = ask('image', 'sar')
+    with channels_dropped(net, share, (seed,), apart=True): less, again = ask('image', 'sar'), ask('sar', 'image')
+    gone = {k: (f == 0).all((2, 3)) for k, f in less.items()}
+    for k in x: assert torch.equal(less[k], again[k]) and torch.allclose(less[k], torch.where(gone[k][..., None, None], 0, whole[k]/(1 - share)), rtol=1e-4)
+    both = (gone['image'] & gone['sar']).float().mean()
+    assert both == 0 if share <= .5 else abs(both - (2*share - 1)) < .15         # of more than a half of each, some are gone from both
+    assert all(abs(g.float().mean() - share) < .15 for g in gone.values())
+    assert all(torch.equal(f, whole[k]) for k, f in ask('image', 'sar').items())
+
+def test_only_two_encoders_lose_channels_apart():
+    with pytest.raises(ConfigError, match='two encoders'), channels_dropped(two().image, .5, (0,), apart=True): pass
+
+def test_fewer_channels_are_one_more_weak_look_that_counts_half(batch):
+    calls = []
+    class Spy(Two):
+        def forward(self, seen):
+            calls.append((seen['image'], 'hide_image' in seen))
+            return super().forward(seen)
+    losses, *_ = dllr(batch, net=two(Spy), drop=.5, weight=3.)
+    assert len(calls) == 4 and torch.equal(calls[3][0], batch['u_image']) and [c[1] for c in calls] == [False, False, True, False]
+    once = dllr(batch, drop=.5, weight=1.)[0]
+    assert (losses['total'] - once['total']).item() == pytest.approx(2*(.5*losses['pseudo'] + .5*losses['feature'] + losses['complementary']).item(), rel=1e-4)
+    assert 'feature' not in dllr(batch, drop=.5, consistency=None)[0]            # nothing is taught, so nothing is learned there
 
 def test_heads_are_taught_by_the_others_after_reassignment(batch):
     from rs_mtl.training.dllr import SOURCES, corrected
@@ -602,7 +638,7 @@ def test_reassigners_see_labels_but_not_those_that_are_not_valid(batch):
     how.learn(net.train(), batch | {'valid_mask': valid})
     assert torch.equal(seen[0], torch.where(valid[:, 0], batch['mask'], IGNORE)) and seen[1].shape == (6, 3, 24, 24) and not seen[1].requires_grad
 
-@pytest.mark.parametrize('wrong', [dict(reassignment='all'), dict(consistency='crossed'), dict(complementary=-1), dict(threshold=2), dict(masking=None, mask_labelled=True), dict(doubt=0), dict(doubt=float('nan'))])
+@pytest.mark.parametrize('wrong', [dict(reassignment='all'), dict(consistency='crossed'), dict(complementary=-1), dict(threshold=2), dict(masking=None, mask_labelled=True), dict(doubt=0), dict(doubt=float('nan')), dict(drop=1.), dict(drop=-.1)])
 def test_settings_of_dllr_that_make_no_sense(wrong):
     with pytest.raises(ConfigError): semi_objective('dllr', **wrong)
 

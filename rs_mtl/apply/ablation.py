@@ -73,6 +73,7 @@ ABLATIONS['dllr'] = Plan({
     'unimatch': _dllr('unimatch', threshold=.8),
     'dllr': _dllr(),
     'dllr, nothing hidden': _dllr(masking=False, complementary=False),
+    'dllr, fewer channels': _dllr(masking=False, complementary=False, drop=.5, weight=1),
     'dllr, no lesson': _dllr(complementary=False),
     'dllr, joined by concat': _dllr(net={'complementary': False}),
     'dllr, likeliest labels': _dllr(reassignment=None),

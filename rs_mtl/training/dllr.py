@@ -18,7 +18,7 @@ from ..core import IGNORE, ConfigError, valid_key
 from ..labels.reassignment import Reassigner
 from ..layers.complementary import complementary_loss
 from ..layers.masking import Masking
-from .semi import SENSORS, SlowCopy, Target, consensus, judged, look, need_heads, pseudo_loss, taught
+from .semi import SENSORS, SlowCopy, Target, channels_dropped, consensus, judged, look, need_heads, taught
 
 # %% ../../nbs/training/66_dllr.ipynb #735018c1
 SOURCES: dict[str, dict[str, tuple[str, ...]]] = {  # form of consistency -> head -> who teaches it
@@ -58,7 +58,7 @@ def corrected(fused: Tensor,        # (B,C,H,W) log-probabilities
 # %% ../../nbs/training/66_dllr.ipynb #d11a500b
 class Switches(SlowCopy):
     "Which of the mechanisms are on, and a reassigner for each head that they teach."
-    told = (*SlowCopy.told, 'masking', 'complementary', 'reassignment', 'consistency', 'mask_labelled', 'threshold', 'transport', 'doubt')
+    told = (*SlowCopy.told, 'masking', 'complementary', 'reassignment', 'consistency', 'mask_labelled', 'threshold', 'transport', 'doubt', 'drop')
 
     def __init__(self, tasks: Sequence[str] = ('mask',), *,
                  masking: Masking | bool | None = True,         # what is hidden; True: what the net says, or `Masking()`
@@ -66,6 +66,7 @@ class Switches(SlowCopy):
                  reassignment: str | bool | None = 'multi',     # 'multi', 'pixel' or None: the most probable class
                  consistency: str | bool | None = 'cross',      # 'cross', 'self' or None: no pseudo-labels
                  doubt: float | None = DOUBT,                   # how readily a difference between sensors and fused answer is put down to chance; None: the fused head hears itself alone
+                 drop: float = 0.,                              # share of the channels that the sensors lose in one more look, not the same ones; what it teaches counts half
                  mask_labelled: bool = False,                   # hide squares of labelled samples too
                  threshold: float = 0.,                         # how sure a pixel must be to teach
                  weight: float = 2.,                            # of the unlabelled half
@@ -77,13 +78,14 @@ class Switches(SlowCopy):
         self.hides: Masking | None = None              # what that comes to for the net
         self.complementary = float(complementary)
         self.reassignment, self.consistency = _chosen('reassignment', reassignment, ('multi', 'pixel')), _chosen('consistency', consistency, ('cross', 'self'))
-        self.doubt = doubt
+        self.doubt, self.drop = doubt, drop
         self.mask_labelled, self.threshold, self.transport = mask_labelled, threshold, {**TRANSPORT, **(transport or {})}
         if not 0 <= self.complementary < float('inf'): raise ConfigError(f'complementary={complementary}', 'a weight of at least 0, or True or False')
         if not 0 <= threshold <= 1: raise ConfigError(f'threshold={threshold}', 'a probability')
+        if not 0 <= drop < 1: raise ConfigError(f'drop={drop}', 'a share from 0 to below 1')
         if doubt is not None and not 0 < doubt < float('inf'): raise ConfigError(f'doubt={doubt}', 'a share above 0, or None')
         if mask_labelled and self.masking is None: raise ConfigError('mask_labelled without masking', 'something to hide', 'masking=True')
-        self.parts = ({'pseudo': 1.} if self.consistency else {}) | ({'complementary': self.complementary} if self.complementary else {}) | ({'masked': 1.} if mask_labelled else {})
+        self.parts = ({} if not self.consistency else {'pseudo': .5, 'feature': .5} if drop else {'pseudo': 1.}) | ({'complementary': self.complementary} if self.complementary else {}) | ({'masked': 1.} if mask_labelled else {})
         self.teaches, self.asks = bool(self.parts), bool(self.consistency)
         self.reassigners = nn.ModuleDict()
 
@@ -134,7 +136,7 @@ class DLLR(Assigning):
         if self.hides is not None: seen = self.hides(seen, _seed(self.seed, self.step, self.rank, 9))
         out = net(seen)
         need_heads(out, 'dllr')
-        losses = {'pseudo': self.headed({h: pseudo_loss(out[h], t, self.evening) for h, t in targets.items()})} if targets else {}
+        losses = {'pseudo': self.learned(out, targets)} if targets else {}
         if self.complementary: losses['complementary'] = self.lesson(out, seen)
         return losses
 
@@ -147,6 +149,10 @@ class DLLR(Assigning):
         return complementary_loss(out['mask_image'], out['mask_sar'], hidden, both)
 
     def besides(self, net: nn.Module, batch: Mapping[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
-        if not self.mask_labelled or self.hides is None: return {}
-        seen = self.hides(look(batch, ''), _seed(self.seed, self.step, self.rank, 10))
-        return {'masked': self(net(seen), batch)['total']}
+        losses = {}
+        if self.drop and targets:
+            with channels_dropped(net, self.drop, (self.seed, self.step, self.rank, 8), apart=True): losses['feature'] = self.learned(net(look(batch)), targets)
+        if self.mask_labelled and self.hides is not None:
+            seen = self.hides(look(batch, ''), _seed(self.seed, self.step, self.rank, 10))
+            losses['masked'] = self(net(seen), batch)['total']
+        return losses

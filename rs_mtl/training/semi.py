@@ -254,8 +254,11 @@ class Unlabelled(Counted):
 
     def compare(self, net: nn.Module, seen: dict[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
         "Losses on a strong look."
-        out = net(seen)
-        return {'pseudo': self.headed({h: pseudo_loss(out[h], t, self.evening) for h, t in targets.items() if h in out})}
+        return {'pseudo': self.learned(net(seen), targets)}
+
+    def learned(self, out: Mapping[str, Tensor], targets: Mapping[str, Target]) -> Tensor:
+        "How far the heads are from what they are taught."
+        return self.headed({h: pseudo_loss(out[h], t, self.evening) for h, t in targets.items() if h in out})
 
     def besides(self, net: nn.Module, batch: Mapping[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
         "Losses on something else than strong looks."
@@ -307,17 +310,22 @@ class FixMatch(SemiObjective):
 # %% ../../nbs/training/65_semi.ipynb #2ca04327
 @contextmanager
 def channels_dropped(net: nn.Module,
-                     share: float,       # of the channels
-                     seed: Sequence[int]
+                     share: float,         # of the channels
+                     seed: Sequence[int],
+                     apart: bool = False   # no channel is lost from both of two encoders, as far as the share allows
                     ) -> Iterator[nn.Module]:
     "For a while, encoders lose a random share of their channels at every level."
     encoders = [m for m in net.modules() if isinstance(m, Encoder)]
     if not encoders: raise ConfigError(f'{type(net).__name__} has no Encoder whose channels could be dropped', 'a net of this package', "use method='fixmatch'")
+    if apart and len(encoders) != 2: raise ConfigError(f'{type(net).__name__} of {len(encoders)} encoders, which are to lose channels apart', 'two encoders', "train create_model('dllr', …)")
     rng = np.random.default_rng(seed)
-    def drop(module: nn.Module, args: Any, levels: Sequence[Tensor]) -> list[Tensor]:
-        stays = [torch.from_numpy(rng.random((*f.shape[:2], 1, 1)) >= share).to(f.device) for f in levels]
-        return [torch.where(s, f/(1 - share), 0) for s, f in zip(stays, levels, strict=True)]
-    hooks = [m.register_forward_hook(drop) for m in encoders]
+    def dropper(mirrored: bool) -> Any:
+        def drop(module: nn.Module, args: Any, levels: Sequence[Tensor]) -> list[Tensor]:
+            drawn = [(np.random.default_rng((*seed, i)) if apart else rng).random((*f.shape[:2], 1, 1)) for i, f in enumerate(levels)]   # apart: the same for both, whoever comes first
+            stays = [torch.from_numpy((1 - u if mirrored else u) >= share).to(f.device) for u, f in zip(drawn, levels, strict=True)]
+            return [torch.where(s, f/(1 - share), 0) for s, f in zip(stays, levels, strict=True)]
+        return drop
+    hooks = [m.register_forward_hook(dropper(apart and k == 1)) for k, m in enumerate(encoders)]
     try: yield net
     finally:
         for h in hooks: h.remove()
@@ -334,8 +342,7 @@ class UniMatch(FixMatch):
         self.drop = drop
 
     def besides(self, net: nn.Module, batch: Mapping[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
-        with channels_dropped(net, self.drop, (self.seed, self.step, self.rank, 8)): out = net(look(batch))
-        return {'feature': self.headed({h: pseudo_loss(out[h], t, self.evening) for h, t in targets.items() if h in out})}
+        with channels_dropped(net, self.drop, (self.seed, self.step, self.rank, 8)): return {'feature': self.learned(net(look(batch)), targets)}
 
 # %% ../../nbs/training/65_semi.ipynb #f21f91ea
 def need_heads(answers: Mapping[str, Tensor], method: str) -> None:
