@@ -569,8 +569,8 @@ def test_two_sensors_lose_channels_apart_whoever_is_asked_first(share, seed):
     gone = {k: (f == 0).all((2, 3)) for k, f in less.items()}
     for k in x: assert torch.equal(less[k], again[k]) and torch.allclose(less[k], torch.where(gone[k][..., None, None], 0, whole[k]/(1 - share)), rtol=1e-4)
     both = (gone['image'] & gone['sar']).float().mean()
-    assert both == 0 if share <= .5 else abs(both - (2*share - 1)) < .15         # of more than a half of each, some are gone from both
-    assert all(abs(g.float().mean() - share) < .15 for g in gone.values())
+    assert both == 0 if share <= .5 else abs(both - (2*share - 1)) < .2          # of more than a half of each, some are gone from both
+    assert all(abs(g.float().mean() - share) < .2 for g in gone.values())
     assert all(torch.equal(f, whole[k]) for k, f in ask('image', 'sar').items())
 
 def test_only_two_encoders_lose_channels_apart():
