@@ -39,11 +39,11 @@ def data(): return pairs()
 @pytest.fixture(scope='module')
 def batch(data): return default_collate([data[i] for i in range(6)])
 
-FEWER = 'dllr of fewer channels'
-TAUGHT = [*(n for n in ALL if n != 'supervised'), FEWER]
+SQUARES = 'dllr with hidden squares'
+TAUGHT = [*(n for n in ALL if n != 'supervised'), SQUARES]
 
 def method(name, **options):
-    if name == FEWER: name, options = 'dllr', {'drop': .5} | options
+    if name == SQUARES: name, options = 'dllr', {'masking': Masking(), 'drop': 0.} | options
     return semi_objective(name, **SURE.get(name, {}), **options)
 
 def train(name, data, net=None, out=None, **kwargs):
@@ -298,7 +298,7 @@ def test_no_gradient_reaches_whoever_gives_the_targets(name, batch):
     if how.source(net) is not net: assert all(p.grad is None and not p.requires_grad for p in source.parameters()) and same(before, source.state_dict())
 
 def test_an_image_that_only_the_weak_look_has_gets_no_gradient(batch):
-    for name in ('fixmatch', 'cps', 'mean_teacher', 'dllr'):
+    for name in ('fixmatch', 'cps', 'mean_teacher', SQUARES):     # where the weak look is learned from once more, it has one
         net, how = two(), method(name, ramp=0.)
         how.begin(net)
         new = batch | {'u_image': batch['u_image'].clone().requires_grad_(), 'u_strong_image': batch['u_strong_image'].clone().requires_grad_()}
@@ -517,14 +517,27 @@ def dllr(batch, net=None, seed=0, **options):
     return how.learn(net.train(), batch), net, how
 
 def test_all_switches_off_is_supervised(data):
-    off = dict(masking=None, complementary=False, reassignment=None, consistency=None)
-    a, b = train('supervised', data)[0], train('dllr', data, options=off)[0]
-    assert same(a.state_dict(), b.state_dict()) and not semi_objective('dllr', **off).numbers
+    a = train('supervised', data)[0]
+    for off in (dict(masking=None, complementary=False, reassignment=None, consistency=None), dict(consistency=None)):   # nothing hidden: no lesson either
+        assert same(a.state_dict(), train('dllr', data, options=off)[0].state_dict())
+        how = semi_objective('dllr', **off)
+        how.begin(two())
+        assert not how.numbers
 
 def test_masking_of_nothing_is_no_masking(batch):
     losses = [dllr(batch, masking=m)[0] for m in (None, Masking(0., 0.), Masking())]
-    assert all(torch.equal(losses[0][k], losses[1][k]) for k in losses[0] if k != 'complementary' and k != 'total') and losses[1]['complementary'] == 0
-    assert losses[0]['pseudo'] != losses[2]['pseudo']
+    assert all(torch.equal(losses[0][k], losses[1][k]) for k in losses[0]) and losses[1]['complementary'] == 0 and 'complementary' not in losses[0]
+    assert losses[0]['pseudo'] != losses[2]['pseudo'] and losses[2]['complementary'] > 0
+
+def test_squares_are_hidden_where_the_net_says_so_or_who_trains_it(batch):
+    def told(net_says, **options):
+        net = two()
+        net.masking = net_says
+        return dllr(batch, net=net, drop=0., **options)[0]
+    plain, squares = told(None), told(None, masking=Masking())
+    assert torch.equal(told(Masking())['total'], squares['total']) and squares['total'] != plain['total']
+    assert torch.equal(told(Masking(), masking=False)['total'], plain['total']) and 'complementary' in squares and 'complementary' not in plain
+    with pytest.raises(ConfigError, match='a net that hides nothing'): told(None, mask_labelled=True)
 
 def test_only_the_strong_look_is_masked_and_both_sensors_differently(batch):
     calls = []
@@ -532,15 +545,15 @@ def test_only_the_strong_look_is_masked_and_both_sensors_differently(batch):
         def forward(self, seen):
             calls.append((self.training, {k: seen[k].float().mean().item() for k in ('hide_image', 'hide_sar') if k in seen}, 'hide_image' in seen and bool((seen['hide_image'] & seen['hide_sar']).any())))
             return super().forward(seen)
-    dllr(batch, net=two(Spy), masking=Masking(.5, .25, block=4))
+    dllr(batch, net=two(Spy), drop=0., masking=Masking(.5, .25, block=4))
     assert [c[0] for c in calls] == [True, False, True] and calls[0][1] == calls[1][1] == {}
     assert calls[2][1] == {'hide_image': pytest.approx(.5, abs=.05), 'hide_sar': pytest.approx(.25, abs=.05)} and not calls[2][2]
     calls.clear()
-    losses, *_ = dllr(batch, net=two(Spy), masking=Masking(.5, .25, block=4), mask_labelled=True)
+    losses, *_ = dllr(batch, net=two(Spy), drop=0., masking=Masking(.5, .25, block=4), mask_labelled=True)
     assert len(calls) == 4 and calls[3][1] and losses['masked'] > 0
 
-@pytest.mark.parametrize('only', [dict(cutmix=0.), dict(masking=None, cutmix=1.)])
-def test_masks_and_boxes_change_from_step_to_step_and_from_rank_to_rank_but_not_from_run_to_run(batch, only):
+@pytest.mark.parametrize('only', [dict(cutmix=0.), dict(cutmix=0., drop=0., masking=Masking()), dict(cutmix=1., drop=0.)])
+def test_channels_masks_and_boxes_change_from_step_to_step_and_from_rank_to_rank_but_not_from_run_to_run(batch, only):
     def total(step=0, rank=0, seed=0):
         net, how = two(), semi_objective('dllr', ramp=0., alone=0., **only)
         how.begin(net, seed, rank)
@@ -548,15 +561,16 @@ def test_masks_and_boxes_change_from_step_to_step_and_from_rank_to_rank_but_not_
         return how.learn(net.train(), batch)['total'].item()
     assert total() == total() and len({total(), total(step=1), total(rank=1), total(seed=1)}) == 4
 
-@pytest.mark.parametrize('off', [dict(complementary=False), dict(reassignment=None), dict(reassignment='pixel'), dict(consistency='self'), dict(consistency=None), dict(masking=None), dict(threshold=.6), dict(doubt=None), dict(decay=0.), dict(drop=.5)])
+@pytest.mark.parametrize('off', [dict(complementary=False), dict(reassignment=None), dict(reassignment='pixel'), dict(consistency='self'), dict(consistency=None), dict(masking=None), dict(threshold=.6), dict(doubt=None), dict(decay=0.), dict(drop=0.)])
 def test_each_switch_changes_what_it_should(batch, off):
-    full, other = dllr(batch)[0], dllr(batch, **off)[0]
-    assert semi_objective('dllr', **off).settings != semi_objective('dllr').settings    # a run that is resumed is told
+    on = dict(masking=Masking())
+    full, other = dllr(batch, **on)[0], dllr(batch, **on | off)[0]
+    assert semi_objective('dllr', **on | off).settings != semi_objective('dllr', **on).settings    # a run that is resumed is told
     assert torch.equal(full['mask'], other['mask']) and (full['total'] != other['total'] or 'decay' in off)  # at the first step the slow copy is the net
     if 'complementary' in off: assert 'complementary' not in other and torch.equal(full['pseudo'], other['pseudo'])
     if off.get('consistency', 1) is None: assert 'pseudo' not in other and other['complementary'] > 0
     if 'threshold' in off: assert other['kept'] < full['kept']
-    if 'drop' in off: assert 'feature' not in full and other['feature'] > 0 and torch.equal(full['pseudo'], other['pseudo'])
+    if 'drop' in off: assert full['feature'] > 0 and 'feature' not in other and torch.equal(full['pseudo'], other['pseudo'])
 
 @given(share=st.floats(0, .95), seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
@@ -582,11 +596,11 @@ def test_fewer_channels_are_one_more_weak_look_that_counts_half(batch):
         def forward(self, seen):
             calls.append((seen['image'], 'hide_image' in seen))
             return super().forward(seen)
-    losses, *_ = dllr(batch, net=two(Spy), drop=.5, weight=3.)
+    losses, *_ = dllr(batch, net=two(Spy), masking=Masking(), weight=3.)
     assert len(calls) == 4 and torch.equal(calls[3][0], batch['u_image']) and [c[1] for c in calls] == [False, False, True, False]
-    once = dllr(batch, drop=.5, weight=1.)[0]
+    once = dllr(batch, masking=Masking(), weight=1.)[0]
     assert (losses['total'] - once['total']).item() == pytest.approx(2*(.5*losses['pseudo'] + .5*losses['feature'] + losses['complementary']).item(), rel=1e-4)
-    assert 'feature' not in dllr(batch, drop=.5, consistency=None)[0]            # nothing is taught, so nothing is learned there
+    assert 'feature' not in dllr(batch, masking=Masking(), consistency=None)[0]          # nothing is taught, so nothing is learned there
 
 def test_heads_are_taught_by_the_others_after_reassignment(batch):
     from rs_mtl.training.dllr import SOURCES, corrected
@@ -686,7 +700,7 @@ def test_a_run_with_a_share_of_the_labels_trains_dllr_and_leaves_its_split(tmp_p
     assert (metrics['parameters']['method'], metrics['parameters']['inputs'], metrics['labels']['sha256']) == ('dllr', 'image,sar', split.hash)
     assert (split.fraction, len(split.labelled), metrics['items']['train']) == ('1/4', 1, 3)
     row = history(tmp_path/'a')[-1]
-    assert float(row['unlabelled_weight']) == 2 and float(row['loss_complementary']) > 0 and 0 <= float(row['right']) <= 1
+    assert float(row['unlabelled_weight']) == 1 and float(row['loss_feature']) > 0 and 'loss_complementary' not in row and 0 <= float(row['right']) <= 1
 
 TABLE = '''
 classes = ['farmland', 'city', 'village', 'water', 'forest', 'road', 'others']

@@ -72,21 +72,21 @@ ABLATIONS['dllr'] = Plan({
     'fixmatch': _dllr('fixmatch', threshold=.8, weight=2),
     'unimatch': _dllr('unimatch', threshold=.8),
     'dllr': _dllr(),
-    'dllr, nothing hidden': _dllr(masking=False, complementary=False),
-    'dllr, fewer channels': _dllr(masking=False, complementary=False, drop=.5, weight=1),
-    'dllr, no lesson': _dllr(complementary=False),
+    'dllr, all channels': _dllr(drop=0.),
+    'dllr, all channels, weight 2': _dllr(drop=0., weight=2),
+    'dllr, squares hidden': _dllr(net={'masking': True}, drop=0., weight=2),
+    'dllr, squares, no lesson': _dllr(net={'masking': True}, drop=0., weight=2, complementary=False),
     'dllr, joined by concat': _dllr(net={'complementary': False}),
     'dllr, likeliest labels': _dllr(reassignment=None),
     'dllr, pixel level': _dllr(reassignment='pixel'),
     'dllr, sensors not heard': _dllr(doubt=None),
     'dllr, fused teacher': _dllr(consistency='self'),
     'dllr, no slow copy': _dllr(decay=0.),
-    'dllr, no pseudo-labels': _dllr(consistency=None),
 }, 'land', ('image', 'sar'), ('mask',), {'miou': 'mIoU'}, 'supervised', 'dllr_labels', curve=('supervised', 'mean teacher', 'fixmatch', 'dllr'), options={'days': 1.}, train={'tiles': 4}, last=True)
 
 # %% ../../nbs/apply/76_ablation.ipynb #7d3c11a3
 ABLATIONS['dllr_clouds'] = replace(ABLATIONS['dllr'],
-    variants={name: [{'masking': {'image': .5, 'sar': .25}, **n} for n in nets] for name, nets in ABLATIONS['dllr'].variants.items()},
+    variants={name: [n | {'masking': {'image': .5, 'sar': .25}} if 'masking' in n else n for n in nets] for name, nets in ABLATIONS['dllr'].variants.items()},
     result='dllr_clouds', options={'days': 1., 'cover': (0., .9)})
 
 # %% ../../nbs/apply/76_ablation.ipynb #e42e1a97

@@ -68,7 +68,7 @@ class DLLR(MultiTaskNet):
                  encoder: str = 'resnet18',                       # any timm pyramid; each sensor has one
                  pretrained: bool = False,                        # download its weights, for both
                  weights: str | Path | None = None,               # or take them from a .safetensors file
-                 masking: bool | Mapping[str, Any] = True,        # what training hides: arguments of `Masking`, True for its defaults
+                 masking: bool | Mapping[str, Any] = False,       # what training hides: arguments of `Masking`, True for its defaults
                  complementary: bool | str = True,                # fusion: True is 'difference', False 'concat'; or 'mean'
                  token: bool = False,                             # hidden pixels hold a learned number per band, not the mean
                  alone: int = 4,                                  # stride of the answers of one sensor

@@ -61,15 +61,15 @@ class Switches(SlowCopy):
     told = (*SlowCopy.told, 'masking', 'complementary', 'reassignment', 'consistency', 'mask_labelled', 'threshold', 'transport', 'doubt', 'drop')
 
     def __init__(self, tasks: Sequence[str] = ('mask',), *,
-                 masking: Masking | bool | None = True,         # what is hidden; True: what the net says, or `Masking()`
-                 complementary: float | bool = True,            # weight of the lesson at hidden places; True is 1
+                 masking: Masking | bool | None = True,         # what is hidden; True: what the net says, which is nothing unless it was told
+                 complementary: float | bool = True,            # weight of the lesson at hidden places, where there are any; True is 1
                  reassignment: str | bool | None = 'multi',     # 'multi', 'pixel' or None: the most probable class
                  consistency: str | bool | None = 'cross',      # 'cross', 'self' or None: no pseudo-labels
                  doubt: float | None = DOUBT,                   # how readily a difference between sensors and fused answer is put down to chance; None: the fused head hears itself alone
-                 drop: float = 0.,                              # share of the channels that the sensors lose in one more look, not the same ones; what it teaches counts half
+                 drop: float = .5,                              # share of the channels that the sensors lose in one more look, not the same ones; what it teaches counts half. 0: no such look
                  mask_labelled: bool = False,                   # hide squares of labelled samples too
                  threshold: float = 0.,                         # how sure a pixel must be to teach
-                 weight: float = 2.,                            # of the unlabelled half
+                 weight: float = 1.,                            # of the unlabelled half
                  decay: float = .99,                            # of the slow copy that is asked for labels; 0: the net itself is asked
                  transport: Mapping[str, Any] | None = None,    # arguments of the `Reassigner`, beside `TRANSPORT`
                  **kwargs: Any):
@@ -84,14 +84,16 @@ class Switches(SlowCopy):
         if not 0 <= threshold <= 1: raise ConfigError(f'threshold={threshold}', 'a probability')
         if not 0 <= drop < 1: raise ConfigError(f'drop={drop}', 'a share from 0 to below 1')
         if doubt is not None and not 0 < doubt < float('inf'): raise ConfigError(f'doubt={doubt}', 'a share above 0, or None')
-        if mask_labelled and self.masking is None: raise ConfigError('mask_labelled without masking', 'something to hide', 'masking=True')
-        self.parts = ({} if not self.consistency else {'pseudo': .5, 'feature': .5} if drop else {'pseudo': 1.}) | ({'complementary': self.complementary} if self.complementary else {}) | ({'masked': 1.} if mask_labelled else {})
-        self.teaches, self.asks = bool(self.parts), bool(self.consistency)
+        if mask_labelled and self.masking is None: raise ConfigError('mask_labelled with nothing to hide', 'squares to hide', 'masking=Masking()')
+        self.teaches, self.asks = bool(self.consistency or self.complementary or mask_labelled), bool(self.consistency)
         self.reassigners = nn.ModuleDict()
 
     def begin(self, net: nn.Module, seed: int = 0, rank: int = 0) -> None:
         super().begin(net, seed, rank)
-        self.hides = getattr(net, 'masking', Masking()) if self.masking is True else self.masking
+        self.hides = getattr(net, 'masking', None) if self.masking is True else self.masking
+        if self.mask_labelled and self.hides is None: raise ConfigError('mask_labelled for a net that hides nothing', 'squares to hide', "masking=Masking(), or create_model('dllr', masking=True)")
+        self.parts = ({} if not self.consistency else {'pseudo': .5, 'feature': .5} if self.drop else {'pseudo': 1.}) | ({'complementary': self.complementary} if self.complementary and self.hides is not None else {}) | ({'masked': 1.} if self.mask_labelled else {})
+        self.teaches = bool(self.parts)
         heads: Mapping[str, Any] = {} if not self.reassignment or not self.consistency else {'mask': ()} if self.consistency == 'self' else SOURCES['cross']
         self.reassigners = nn.ModuleDict({h: Reassigner(len(self.names), levels=self.reassignment, **self.transport) for h in heads})
 
@@ -132,12 +134,12 @@ class Assigning(Switches):
 class DLLR(Assigning):
     "Masked sensors that learn from each other, with reassigned pseudo-labels."
     def compare(self, net: nn.Module, seen: dict[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
-        if not targets and not self.complementary: return {}
+        if not targets and 'complementary' not in self.parts: return {}
         if self.hides is not None: seen = self.hides(seen, _seed(self.seed, self.step, self.rank, 9))
         out = net(seen)
         need_heads(out, 'dllr')
         losses = {'pseudo': self.learned(out, targets)} if targets else {}
-        if self.complementary: losses['complementary'] = self.lesson(out, seen)
+        if 'complementary' in self.parts: losses['complementary'] = self.lesson(out, seen)
         return losses
 
     @staticmethod
@@ -145,8 +147,7 @@ class DLLR(Assigning):
         "What the sensors teach each other where one of them was blindfolded."
         known = judged(seen)
         both = known['mask_image'] & known['mask_sar']
-        hidden = seen['hide_image'] | seen['hide_sar'] if 'hide_image' in seen else torch.ones_like(both)
-        return complementary_loss(out['mask_image'], out['mask_sar'], hidden, both)
+        return complementary_loss(out['mask_image'], out['mask_sar'], seen['hide_image'] | seen['hide_sar'], both)
 
     def besides(self, net: nn.Module, batch: Mapping[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
         losses = {}

@@ -316,7 +316,7 @@ def channels_dropped(net: nn.Module,
                     ) -> Iterator[nn.Module]:
     "For a while, encoders lose a random share of their channels at every level."
     encoders = [m for m in net.modules() if isinstance(m, Encoder)]
-    if not encoders: raise ConfigError(f'{type(net).__name__} has no Encoder whose channels could be dropped', 'a net of this package', "use method='fixmatch'")
+    if not encoders: raise ConfigError(f'{type(net).__name__} has no Encoder whose channels could be dropped', 'a net of this package', "use method='fixmatch', or method='dllr' with drop=0")
     if apart and len(encoders) != 2: raise ConfigError(f'{type(net).__name__} of {len(encoders)} encoders, which are to lose channels apart', 'two encoders', "train create_model('dllr', …)")
     rng = np.random.default_rng(seed)
     def dropper(mirrored: bool) -> Any:
