@@ -528,6 +528,11 @@ def settled(**parameters):
     exec(first, names); names.update(parameters); exec(second, names)
     return names
 
+@pytest.mark.parametrize('twice', ['encoder=resnet18', 'bands=3', 'width=16,tasks=mask'])
+def test_an_argument_with_a_parameter_of_its_own_is_no_option(twice):
+    with pytest.raises(ConfigError, match='no parameter of their own'): settled(model='dllr', data='land', labels='1/4', options=twice)
+    assert settled(model='dllr', data='land', labels='1/4', options='width=16,masking=true')['method'] == 'dllr'
+
 def test_a_run_of_segcr_knows_what_it_needs(root):
     land = settled(model='segcr', data='land')
     assert land['settings']['data_options'] == 'cover=(0,.9)'  # written down, for whoever scores the net later

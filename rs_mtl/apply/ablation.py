@@ -65,6 +65,8 @@ ABLATIONS: dict[str, Plan] = {'ctme': Plan({
 def _dllr(method: str = 'dllr', net: Mapping[str, Any] | None = None, **options: Any) -> list[dict[str, Any]]:
     return [{'model': 'dllr', **(net or {}), 'lesson': {'method': method, **options}}]
 
+_SQUARES: dict[str, Any] = {'net': {'masking': True}, 'drop': 0., 'weight': 2}   # what is hidden are squares of the images
+
 ABLATIONS['dllr'] = Plan({
     'supervised': _dllr('supervised'),
     'mean teacher': _dllr('mean_teacher', weight=2),   # weights of 1 and 2 were tried on validation draws for this, fixmatch and dllr
@@ -74,19 +76,21 @@ ABLATIONS['dllr'] = Plan({
     'dllr': _dllr(),
     'dllr, all channels': _dllr(drop=0.),
     'dllr, all channels, weight 2': _dllr(drop=0., weight=2),
-    'dllr, squares hidden': _dllr(net={'masking': True}, drop=0., weight=2),
-    'dllr, squares, no lesson': _dllr(net={'masking': True}, drop=0., weight=2, complementary=False),
-    'dllr, joined by concat': _dllr(net={'complementary': False}),
-    'dllr, likeliest labels': _dllr(reassignment=None),
-    'dllr, pixel level': _dllr(reassignment='pixel'),
     'dllr, sensors not heard': _dllr(doubt=None),
     'dllr, fused teacher': _dllr(consistency='self'),
+    'dllr, likeliest labels': _dllr(reassignment=None),
     'dllr, no slow copy': _dllr(decay=0.),
+    'dllr, squares hidden': _dllr(**_SQUARES),
+    'dllr, squares, no lesson': _dllr(**_SQUARES, complementary=False),
+    'dllr, squares, joined by concat': _dllr(**_SQUARES | {'net': {'masking': True, 'complementary': False}}),
+    'dllr, squares, pixel level': _dllr(**_SQUARES, reassignment='pixel'),
+    'dllr, squares, likeliest labels': _dllr(**_SQUARES, reassignment=None),
+    'dllr, squares, sensors not heard': _dllr(**_SQUARES, doubt=None),
 }, 'land', ('image', 'sar'), ('mask',), {'miou': 'mIoU'}, 'supervised', 'dllr_labels', curve=('supervised', 'mean teacher', 'fixmatch', 'dllr'), options={'days': 1.}, train={'tiles': 4}, last=True)
 
 # %% ../../nbs/apply/76_ablation.ipynb #7d3c11a3
 ABLATIONS['dllr_clouds'] = replace(ABLATIONS['dllr'],
-    variants={name: [n | {'masking': {'image': .5, 'sar': .25}} if 'masking' in n else n for n in nets] for name, nets in ABLATIONS['dllr'].variants.items()},
+    variants={name: [{**n, 'masking': {'image': .5, 'sar': .25}} if 'masking' in n else n for n in nets] for name, nets in ABLATIONS['dllr'].variants.items()},
     result='dllr_clouds', options={'days': 1., 'cover': (0., .9)})
 
 # %% ../../nbs/apply/76_ablation.ipynb #e42e1a97

@@ -118,7 +118,7 @@ def split_list(text: str) -> list[str]: # 'a, b' -> ['a', 'b']
     return [part.strip() for part in text.split(',') if part.strip()]
 
 def split_options(text: str) -> dict[str, Any]: # 'width=32,norm=group' -> {'width': 32, 'norm': 'group'}
-    "Arguments by name, with Python's numbers, True, False, None, and several in brackets."
+    "Arguments by name, with Python's numbers, True, False (also as true and false), None, and several in brackets."
     found: dict[str, Any] = {}
     for part in _outer(text):
         name, equals, value = (x.strip() for x in part.partition('='))
@@ -138,6 +138,7 @@ def _outer(text: str) -> list[str]:
 
 def _value(text: str) -> Any:
     "A number, True, False, None, a tuple of such in brackets, or text."
+    if text in ('true', 'false'): return text == 'true'
     try: return ast.literal_eval(text)
     except (ValueError, SyntaxError): return tuple(_value(p) for p in _outer(text[1:-1])) if text[:1] + text[-1:] in ('()', '[]') else text
 
