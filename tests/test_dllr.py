@@ -357,17 +357,18 @@ def test_a_net_that_cannot_be_is_refused(wrong):
 def test_a_row_of_the_ablation_knows_the_defaults_that_nobody_passed(monkeypatch):
     from rs_mtl.apply.ablation import _digest, _meant, variants
     from rs_mtl.training import dllr
-    config = dict(bands=4, sar_bands=2, classes=7, encoder='test_resnet', width=16, full=8, **variants('dllr')['dllr'][0])
-    told = lambda: _digest(_meant(config))
+    config = lambda variant: dict(bands=4, sar_bands=2, classes=7, encoder='test_resnet', width=16, full=8, **variants('dllr')[variant][0])
+    told = lambda variant='dllr': _digest(_meant(config(variant)))
     first = told()
     assert told() == first
-    for holder, name, value in ((dllr.TRANSPORT, 'floor', .5), (dllr.Switches.__init__.__kwdefaults__, 'weight', 1.)):
+    for holder, name, value in ((dllr.TRANSPORT, 'floor', .5), (dllr.Switches.__init__.__kwdefaults__, 'weight', 3.)):
         with monkeypatch.context() as m:
             m.setitem(holder, name, value)
             assert told() != first
+    squares = told('dllr, squares hidden')
     with monkeypatch.context() as m:
         m.setattr('rs_mtl.models.dllr.Masking', lambda: dllr.Masking(image=.3))
-        assert told() != first
+        assert told() == first and told('dllr, squares hidden') != squares
     with monkeypatch.context() as m:
         *others, norm = rs_mtl.models.dllr.DLLR.__init__.__defaults__
         m.setattr(rs_mtl.models.dllr.DLLR.__init__, '__defaults__', (*others, 'group'))
