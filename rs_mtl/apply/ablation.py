@@ -86,7 +86,7 @@ ABLATIONS['dllr'] = Plan({
     'dllr, squares, pixel level': _dllr(**_SQUARES, reassignment='pixel'),
     'dllr, squares, likeliest labels': _dllr(**_SQUARES, reassignment=None),
     'dllr, squares, sensors not heard': _dllr(**_SQUARES, doubt=None),
-}, 'land', ('image', 'sar'), ('mask',), {'miou': 'mIoU'}, 'supervised', 'dllr_labels', curve=('supervised', 'mean teacher', 'fixmatch', 'dllr'), options={'days': 1.}, train={'tiles': 4}, last=True)
+}, 'land', ('image', 'sar'), ('mask',), {'miou': 'mIoU'}, 'supervised', 'dllr_labels', curve=('supervised', 'mean teacher', 'cross pseudo-supervision', 'fixmatch', 'unimatch', 'dllr'), options={'days': 1.}, train={'tiles': 4}, last=True)
 
 # %% ../../nbs/apply/76_ablation.ipynb #7d3c11a3
 ABLATIONS['dllr_clouds'] = replace(ABLATIONS['dllr'],
