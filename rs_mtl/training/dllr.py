@@ -85,7 +85,7 @@ class Switches(SlowCopy):
         if not 0 <= drop < 1: raise ConfigError(f'drop={drop}', 'a share from 0 to below 1')
         if doubt is not None and not 0 < doubt < float('inf'): raise ConfigError(f'doubt={doubt}', 'a share above 0, or None')
         if mask_labelled and self.masking is None: raise ConfigError('mask_labelled with nothing to hide', 'squares to hide', 'masking=Masking()')
-        self.teaches, self.asks = bool(self.consistency or self.complementary or mask_labelled), bool(self.consistency)
+        self.asks = bool(self.consistency)
         self.reassigners = nn.ModuleDict()
 
     def begin(self, net: nn.Module, seed: int = 0, rank: int = 0) -> None:
