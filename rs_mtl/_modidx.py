@@ -413,6 +413,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'rs_mtl.apply.runs.check_value': ('apply/runs.html#check_value', 'rs_mtl/apply/runs.py'),
                                    'rs_mtl.apply.runs.find_run': ('apply/runs.html#find_run', 'rs_mtl/apply/runs.py'),
                                    'rs_mtl.apply.runs.list_runs': ('apply/runs.html#list_runs', 'rs_mtl/apply/runs.py'),
+                                   'rs_mtl.apply.runs.net_options': ('apply/runs.html#net_options', 'rs_mtl/apply/runs.py'),
                                    'rs_mtl.apply.runs.parameters_of': ('apply/runs.html#parameters_of', 'rs_mtl/apply/runs.py'),
                                    'rs_mtl.apply.runs.read_parameters': ('apply/runs.html#read_parameters', 'rs_mtl/apply/runs.py'),
                                    'rs_mtl.apply.runs.run': ('apply/runs.html#run', 'rs_mtl/apply/runs.py'),

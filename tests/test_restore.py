@@ -518,11 +518,11 @@ def test_the_command_line_trains_and_evaluates_segcr_on_m3mcr(root, tmp_path):
     said = command('evaluate', tmp_path/'run', '--root', root/'m3mcr', '--size', 160, '--n', 2)
     assert said.returncode == 0 and 'evaluate: mIoU' in said.stdout, said.stderr
 
-def settled(**parameters):
-    "What the first two cells of a training run make of its parameters."
+def settled(run='train', **parameters):
+    "What the first two cells of a run make of its parameters."
     import json
     from pathlib import Path
-    cells = json.loads((Path(__file__).parents[1]/'nbs'/'runs'/'train.ipynb').read_text())['cells']
+    cells = json.loads((Path(__file__).parents[1]/'nbs'/'runs'/f'{run}.ipynb').read_text())['cells']
     first, second = [''.join(c['source']) for c in cells if c['cell_type'] == 'code'][:2]
     names = {}
     exec(first, names); names.update(parameters); exec(second, names)
@@ -532,6 +532,7 @@ def settled(**parameters):
 def test_an_argument_with_a_parameter_of_its_own_is_no_option(twice):
     with pytest.raises(ConfigError, match='no parameter of their own'): settled(model='dllr', data='land', labels='1/4', options=twice)
     assert settled(model='dllr', data='land', labels='1/4', options='width=16,masking=true')['method'] == 'dllr'
+    with pytest.raises(ConfigError, match='no parameter of their own'): settled('ablate', model='ctme', options=twice)
 
 def test_a_run_of_segcr_knows_what_it_needs(root):
     land = settled(model='segcr', data='land')

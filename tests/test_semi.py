@@ -561,7 +561,7 @@ def test_channels_masks_and_boxes_change_from_step_to_step_and_from_rank_to_rank
         return how.learn(net.train(), batch)['total'].item()
     assert total() == total() and len({total(), total(step=1), total(rank=1), total(seed=1)}) == 4
 
-@pytest.mark.parametrize('off', [dict(complementary=False), dict(reassignment=None), dict(reassignment='pixel'), dict(consistency='self'), dict(consistency=None), dict(masking=None), dict(threshold=.6), dict(doubt=None), dict(decay=0.), dict(drop=0.)])
+@pytest.mark.parametrize('off', [dict(complementary=False), dict(reassignment=None), dict(reassignment='pixel'), dict(consistency='self'), dict(consistency=None), dict(masking=None), dict(threshold=.6), dict(doubt=None), dict(agreed=False), dict(decay=0.), dict(drop=0.)])
 def test_each_switch_changes_what_it_should(batch, off):
     on = dict(masking=Masking())
     full, other = dllr(batch, **on)[0], dllr(batch, **on | off)[0]
@@ -613,7 +613,7 @@ def test_heads_are_taught_by_the_others_after_reassignment(batch):
     for h, by in SOURCES['cross'].items():
         (logp, valid), found = asked[h]
         told = consensus([answers[s] for s in by])
-        if h == 'mask': told = corrected(told, consensus([answers[s] for s in ('mask_image', 'mask_sar')]), torch.ones_like(valid))
+        if h == 'mask': told = corrected(told, [consensus([answers[s]]) for s in ('mask_image', 'mask_sar')], torch.ones_like(valid))
         assert torch.allclose(logp, told, atol=1e-5)
         assert torch.equal(targets[h].labels, found.labels) and torch.equal(targets[h].weight, torch.where(found.labels != IGNORE, found.confidence, 0))
     assert set(SOURCES['cross']['mask_image']) & {'mask_image'} == set() and set(SOURCES['cross']['mask_sar']) & {'mask_sar'} == set()
@@ -624,9 +624,30 @@ def test_a_sensor_that_sees_nothing_does_not_correct_the_fused_head(batch):
     with answering(net): answers = net(look(batch))
     where = judged(look(batch))
     nothing = torch.zeros_like(where['mask'])
-    told = how.opinion('mask', answers, where | {'mask_sar': nothing})
-    assert torch.allclose(told, corrected(consensus([answers['mask']]), consensus([answers['mask_image']]), where['mask']), atol=1e-5)
+    blind = answers | {'mask_sar': torch.full_like(answers['mask_sar'], float('nan'))}
+    told = how.opinion('mask', blind, where | {'mask_sar': nothing})
+    assert torch.allclose(told, corrected(consensus([answers['mask']]), [consensus([answers['mask_image']])], where['mask']), atol=1e-5)
     assert not torch.allclose(told, consensus([answers['mask']]), atol=1e-3)
+
+def test_sensors_that_need_not_agree_are_heard_on_average(batch):
+    from rs_mtl.training.dllr import corrected
+    _, net, how = dllr(batch, agreed=False)
+    with answering(net): answers = net(look(batch))
+    where = judged(look(batch))
+    mean = consensus([answers[h] for h in ('mask_image', 'mask_sar')])
+    assert torch.allclose(how.opinion('mask', answers, where), corrected(consensus([answers['mask']]), [mean], where['mask']), atol=1e-5)
+    assert not torch.allclose(how.opinion('mask', answers, where), dllr(batch)[2].opinion('mask', answers, where), atol=1e-4)
+
+@given(st.floats(.05, .9), st.floats(.05, .9), st.floats(.05, .9), st.floats(.01, 1))
+def test_a_class_gains_or_loses_as_far_as_both_sensors_say_so(fused, a, b, doubt):
+    from rs_mtl.training.dllr import corrected
+    flat = lambda share: torch.tensor([share, 1 - share]).log()[None, :, None, None].expand(1, 2, 7, 7)
+    seen = torch.ones(1, 1, 7, 7, dtype=torch.bool)
+    told = corrected(flat(fused), [flat(a), flat(b)], seen, doubt)
+    nearer = min(max(fused, min(a, b)), max(a, b))               # where they contradict each other about the fused answer, it stays
+    assert torch.allclose(told, corrected(flat(fused), [flat(nearer)], seen, doubt), atol=1e-4)
+    assert torch.allclose(told, corrected(flat(fused), [flat(b), flat(a)], seen, doubt), atol=1e-6)
+    if min(a, b) <= fused <= max(a, b): assert torch.allclose(told, flat(fused), atol=1e-4)
 
 @given(st.integers(0, 99), st.floats(.01, 10), st.integers(2, 5))
 def test_a_correction_is_a_probability_that_follows_the_sensors_and_only_where_they_see(seed, doubt, classes):
@@ -635,11 +656,11 @@ def test_a_correction_is_a_probability_that_follows_the_sensors_and_only_where_t
     fused, sensors = ((3*torch.randn(2, classes, 12, 14, generator=g)).log_softmax(1) for _ in range(2))
     seen = torch.zeros(2, 1, 12, 14, dtype=torch.bool); seen[..., :6] = True
     blind = torch.where(seen, sensors, float('nan'))          # what a blind sensor says does not count, whatever it is
-    p = corrected(fused, blind, seen, doubt)
+    p = corrected(fused, [blind], seen, doubt)
     assert torch.allclose(p.exp().sum(1), torch.ones(2, 12, 14), atol=1e-4)
     assert torch.allclose(p[..., 6 + REACH//2:], fused[..., 6 + REACH//2:], atol=1e-4)
     flat = [x.exp().mean((2, 3), keepdim=True).expand_as(x).log() for x in (fused, sensors)]
-    moved = corrected(*flat, torch.ones_like(seen), doubt) - flat[0]
+    moved = corrected(flat[0], flat[1:], torch.ones_like(seen), doubt) - flat[0]
     first = (flat[1].exp() + doubt)/(flat[0].exp() + doubt)
     assert torch.equal(moved[:, :, 0, 0].argmax(1), first[:, :, 0, 0].argmax(1))   # the class of which they see most more gains most
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Parameter', 'read_parameters', 'list_runs', 'find_run', 'parameters_of', 'check_value', 'check_names',
-           'check_params', 'split_list', 'split_options', 'told_of_data', 'RunFailed', 'Stopped', 'run']
+           'check_params', 'split_list', 'split_options', 'net_options', 'told_of_data', 'RunFailed', 'Stopped', 'run']
 
 # %% ../../nbs/apply/74_runs.ipynb #762f255b
 import ast, asyncio, importlib, io, json, os, signal, sys, tempfile, tokenize
@@ -124,6 +124,15 @@ def split_options(text: str) -> dict[str, Any]: # 'width=32,norm=group' -> {'wid
         name, equals, value = (x.strip() for x in part.partition('='))
         if not equals or not name.isidentifier(): raise ConfigError(f'{part!r} in {text!r}', 'name=value, with commas between')
         found[name] = _value(value)
+    return found
+
+def net_options(text: str,                   # as `split_options` reads it
+                settings: Mapping[str, Any]  # of the run
+               ) -> dict[str, Any]:
+    "More arguments of a net: none that the run has a parameter for, and none that its data say."
+    for name in (found := split_options(text)):
+        if name in settings or name in ('bands', 'sar_bands', 'classes', 'tasks'):
+            raise ConfigError(f'options={text!r} with {name}', 'arguments that have no parameter of their own', f'use {name}=' if name in settings else 'leave it out: the data say it')
     return found
 
 def _outer(text: str) -> list[str]:

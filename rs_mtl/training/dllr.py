@@ -45,20 +45,21 @@ def _around(x: Tensor, seen: Tensor) -> Tensor:
     total = lambda t: F.avg_pool2d(t, REACH, 1, REACH//2)
     return total(torch.where(seen, x, 0))/total(seen.to(x.dtype)).clamp(min=1e-6)
 
-def corrected(fused: Tensor,        # (B,C,H,W) log-probabilities
-              sensors: Tensor,      # (B,C,H,W), what they say together
-              seen: Tensor,         # (B,1,H,W) bool, where a sensor can judge
-              doubt: float = DOUBT  # the larger, the less is corrected
-             ) -> Tensor:           # (B,C,H,W) log-probabilities
-    "The fused answer, with as much of each class in a neighbourhood as the sensors see there."
+def corrected(fused: Tensor,              # (B,C,H,W) log-probabilities
+              sensors: Sequence[Tensor],  # the same of each sensor, or of all together
+              seen: Tensor,               # (B,1,H,W) bool, where a sensor can judge
+              doubt: float = DOUBT        # the larger, the less is corrected
+             ) -> Tensor:                 # (B,C,H,W) log-probabilities
+    "The fused answer, with more or less of a class in a neighbourhood as far as every sensor says so."
     f = fused.float().exp()
-    p = f*(_around(sensors.float().exp(), seen) + doubt)/(_around(f, seen) + doubt)
+    here, told = _around(f, seen), torch.stack([_around(s.float().exp(), seen) for s in sensors])
+    p = f*(here.clamp(told.amin(0), told.amax(0)) + doubt)/(here + doubt)
     return (p/p.sum(1, keepdim=True)).clamp(min=1e-12).log()
 
 # %% ../../nbs/training/66_dllr.ipynb #d11a500b
 class Switches(SlowCopy):
     "Which of the mechanisms are on, and a reassigner for each head that they teach."
-    told = (*SlowCopy.told, 'masking', 'complementary', 'reassignment', 'consistency', 'mask_labelled', 'threshold', 'transport', 'doubt', 'drop')
+    told = (*SlowCopy.told, 'masking', 'complementary', 'reassignment', 'consistency', 'mask_labelled', 'threshold', 'transport', 'doubt', 'agreed', 'drop')
 
     def __init__(self, tasks: Sequence[str] = ('mask',), *,
                  masking: Masking | bool | None = True,         # what is hidden; True: what the net says, which is nothing unless it was told
@@ -66,6 +67,7 @@ class Switches(SlowCopy):
                  reassignment: str | bool | None = 'multi',     # 'multi', 'pixel' or None: the most probable class
                  consistency: str | bool | None = 'cross',      # 'cross', 'self' or None: no pseudo-labels
                  doubt: float | None = DOUBT,                   # how readily a difference between sensors and fused answer is put down to chance; None: the fused head hears itself alone
+                 agreed: bool = True,                           # correct as far as both sensors say so; False: to what they say on average
                  drop: float = .5,                              # share of the channels that the sensors lose in one more look, not the same ones; what it teaches counts half. 0: no such look
                  mask_labelled: bool = False,                   # hide squares of labelled samples too
                  threshold: float = 0.,                         # how sure a pixel must be to teach
@@ -78,7 +80,7 @@ class Switches(SlowCopy):
         self.hides: Masking | None = None              # what that comes to for the net
         self.complementary = float(complementary)
         self.reassignment, self.consistency = _chosen('reassignment', reassignment, ('multi', 'pixel')), _chosen('consistency', consistency, ('cross', 'self'))
-        self.doubt, self.drop = doubt, drop
+        self.doubt, self.agreed, self.drop = doubt, agreed, drop
         self.mask_labelled, self.threshold, self.transport = mask_labelled, threshold, {**TRANSPORT, **(transport or {})}
         if not 0 <= self.complementary < float('inf'): raise ConfigError(f'complementary={complementary}', 'a weight of at least 0, or True or False')
         if not 0 <= threshold <= 1: raise ConfigError(f'threshold={threshold}', 'a probability')
@@ -110,7 +112,9 @@ class Assigning(Switches):
         by = SOURCES[self.consistency][head]
         together = lambda heads: consensus([answers[h] for h in heads], [where[h] for h in heads])
         if head != 'mask' or self.consistency != 'cross' or self.doubt is None: return together(by)
-        return corrected(together(by), together(SENSORS), where['mask'], self.doubt)   # where any sensor can judge
+        both = together(SENSORS)
+        each = [torch.where(where[h], consensus([answers[h]]), both) for h in SENSORS] if self.agreed else [both]   # a sensor that cannot judge agrees with the other
+        return corrected(together(by), each, where['mask'], self.doubt)
 
     def targets(self, answers: Mapping[str, Tensor], where: Mapping[str, Tensor]) -> dict[str, Target]:
         if not self.consistency: return {}
