@@ -561,7 +561,7 @@ def test_channels_masks_and_boxes_change_from_step_to_step_and_from_rank_to_rank
         return how.learn(net.train(), batch)['total'].item()
     assert total() == total() and len({total(), total(step=1), total(rank=1), total(seed=1)}) == 4
 
-@pytest.mark.parametrize('off', [dict(complementary=False), dict(reassignment=None), dict(reassignment='pixel'), dict(consistency='self'), dict(consistency=None), dict(masking=None), dict(threshold=.6), dict(doubt=None), dict(agreed=False), dict(decay=0.), dict(drop=0.)])
+@pytest.mark.parametrize('off', [dict(complementary=False), dict(reassignment=None), dict(reassignment='pixel'), dict(consistency='self'), dict(consistency=None), dict(masking=None), dict(threshold=.6), dict(doubt=None), dict(agreed=True), dict(decay=0.), dict(drop=0.)])
 def test_each_switch_changes_what_it_should(batch, off):
     on = dict(masking=Masking())
     full, other = dllr(batch, **on)[0], dllr(batch, **on | off)[0]
@@ -613,14 +613,15 @@ def test_heads_are_taught_by_the_others_after_reassignment(batch):
     for h, by in SOURCES['cross'].items():
         (logp, valid), found = asked[h]
         told = consensus([answers[s] for s in by])
-        if h == 'mask': told = corrected(told, [consensus([answers[s]]) for s in ('mask_image', 'mask_sar')], torch.ones_like(valid))
+        if h == 'mask': told = corrected(told, [consensus([answers[s] for s in ('mask_image', 'mask_sar')])], torch.ones_like(valid))
         assert torch.allclose(logp, told, atol=1e-5)
         assert torch.equal(targets[h].labels, found.labels) and torch.equal(targets[h].weight, torch.where(found.labels != IGNORE, found.confidence, 0))
     assert set(SOURCES['cross']['mask_image']) & {'mask_image'} == set() and set(SOURCES['cross']['mask_sar']) & {'mask_sar'} == set()
 
-def test_a_sensor_that_sees_nothing_does_not_correct_the_fused_head(batch):
+@pytest.mark.parametrize('agreed', [False, True])
+def test_a_sensor_that_sees_nothing_does_not_correct_the_fused_head(batch, agreed):
     from rs_mtl.training.dllr import corrected
-    _, net, how = dllr(batch)
+    _, net, how = dllr(batch, agreed=agreed)
     with answering(net): answers = net(look(batch))
     where = judged(look(batch))
     nothing = torch.zeros_like(where['mask'])
@@ -629,13 +630,13 @@ def test_a_sensor_that_sees_nothing_does_not_correct_the_fused_head(batch):
     assert torch.allclose(told, corrected(consensus([answers['mask']]), [consensus([answers['mask_image']])], where['mask']), atol=1e-5)
     assert not torch.allclose(told, consensus([answers['mask']]), atol=1e-3)
 
-def test_sensors_that_need_not_agree_are_heard_on_average(batch):
+def test_sensors_that_have_to_agree_are_heard_one_by_one(batch):
     from rs_mtl.training.dllr import corrected
-    _, net, how = dllr(batch, agreed=False)
+    _, net, how = dllr(batch, agreed=True)
     with answering(net): answers = net(look(batch))
     where = judged(look(batch))
-    mean = consensus([answers[h] for h in ('mask_image', 'mask_sar')])
-    assert torch.allclose(how.opinion('mask', answers, where), corrected(consensus([answers['mask']]), [mean], where['mask']), atol=1e-5)
+    each = [consensus([answers[h]]) for h in ('mask_image', 'mask_sar')]
+    assert torch.allclose(how.opinion('mask', answers, where), corrected(consensus([answers['mask']]), each, where['mask']), atol=1e-5)
     assert not torch.allclose(how.opinion('mask', answers, where), dllr(batch)[2].opinion('mask', answers, where), atol=1e-4)
 
 @given(st.floats(.05, .9), st.floats(.05, .9), st.floats(.05, .9), st.floats(.01, 1))

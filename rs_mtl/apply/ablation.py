@@ -65,7 +65,7 @@ ABLATIONS: dict[str, Plan] = {'ctme': Plan({
 def _dllr(method: str = 'dllr', net: Mapping[str, Any] | None = None, **options: Any) -> list[dict[str, Any]]:
     return [{'model': 'dllr', **(net or {}), 'lesson': {'method': method, **options}}]
 
-_SQUARES: dict[str, Any] = {'net': {'masking': True}, 'agreed': False, 'drop': 0., 'weight': 2}   # what is hidden are squares of the images
+_SQUARES: dict[str, Any] = {'net': {'masking': True}, 'drop': 0., 'weight': 2}   # what is hidden are squares of the images
 
 ABLATIONS['dllr'] = Plan({
     'supervised': _dllr('supervised'),
@@ -75,15 +75,15 @@ ABLATIONS['dllr'] = Plan({
     'unimatch': _dllr('unimatch', threshold=.8),
     'dllr': _dllr(),
     'dllr, all channels': _dllr(drop=0.),
+    'dllr, all channels, weight 2': _dllr(drop=0., weight=2),
     'dllr, sensors not heard': _dllr(doubt=None),
     'dllr, fused teacher': _dllr(consistency='self'),
     'dllr, likeliest labels': _dllr(reassignment=None),
     'dllr, labels not reassigned': _dllr(reassignment=None, doubt=None),
-    'dllr, sensors on average': _dllr(agreed=False),
-    'dllr, on average, all channels': _dllr(agreed=False, drop=0.),
-    'dllr, on average, all channels, weight 2': _dllr(agreed=False, drop=0., weight=2),
-    'dllr, on average, likeliest labels': _dllr(agreed=False, reassignment=None),
-    'dllr, on average, no slow copy': _dllr(agreed=False, decay=0.),
+    'dllr, no slow copy': _dllr(decay=0.),
+    'dllr, agreed': _dllr(agreed=True),
+    'dllr, agreed, all channels': _dllr(agreed=True, drop=0.),
+    'dllr, agreed, likeliest labels': _dllr(agreed=True, reassignment=None),
     'dllr, squares hidden': _dllr(**_SQUARES),
     'dllr, squares, no lesson': _dllr(**_SQUARES, complementary=False),
     'dllr, squares, joined by concat': _dllr(**_SQUARES | {'net': {'masking': True, 'complementary': False}}),

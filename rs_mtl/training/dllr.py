@@ -67,7 +67,7 @@ class Switches(SlowCopy):
                  reassignment: str | bool | None = 'multi',     # 'multi', 'pixel' or None: the most probable class
                  consistency: str | bool | None = 'cross',      # 'cross', 'self' or None: no pseudo-labels
                  doubt: float | None = DOUBT,                   # how readily a difference between sensors and fused answer is put down to chance; None: the fused head hears itself alone
-                 agreed: bool = True,                           # correct as far as both sensors say so; False: to what they say on average
+                 agreed: bool = False,                          # correct only as far as both sensors say so, not to what they say on average
                  drop: float = .5,                              # share of the channels that the sensors lose in one more look, not the same ones; what it teaches counts half. 0: no such look
                  mask_labelled: bool = False,                   # hide squares of labelled samples too
                  threshold: float = 0.,                         # how sure a pixel must be to teach
