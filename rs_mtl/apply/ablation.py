@@ -69,7 +69,7 @@ _SQUARES: dict[str, Any] = {'net': {'masking': True}, 'drop': 0., 'weight': 2}  
 
 ABLATIONS['dllr'] = Plan({
     'supervised': _dllr('supervised'),
-    'mean teacher': _dllr('mean_teacher', weight=2),   # weights of 1 and 2 were tried on validation draws for this, fixmatch, unimatch and dllr
+    'mean teacher': _dllr('mean_teacher', weight=2),   # weights of 1 and 2 were tried on validation draws for all of them
     'cross pseudo-supervision': _dllr('cps'),
     'fixmatch': _dllr('fixmatch', threshold=.8, weight=2),
     'unimatch': _dllr('unimatch', threshold=.8),
