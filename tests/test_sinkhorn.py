@@ -205,17 +205,17 @@ def test_a_sample_of_all_pixels_tells_what_they_tell(seed, scale, weighted):
     for h in (np.zeros(len(prior)), prior.numpy(), 60*prior.numpy(), -prior.numpy()):
         for a, b in zip(sample.visit(h, .3), visit(all_of_them, h, .3, True)): np.testing.assert_allclose(a, b, atol=1e-9)
 
-@pytest.mark.parametrize('name', ['image', 'images', 'rows', 'crop', 'channels_last'])
+@pytest.mark.parametrize('name', ['image', 'images', 'rows', 'planar rows', 'every other row', 'one row', 'crop', 'channels_last'])
 def test_a_sample_is_every_so_manieth_pixel_in_any_layout(name):
     x = torch.randn(3 if name == 'images' else 1, 5, 130, 301, generator=torch.Generator().manual_seed(0))
     weight = (torch.arange(x[:, 0].numel()) % 3).view(x[:, 0].shape)
     flat = x.transpose(0, 1).reshape(5, -1)
-    x = {'rows': lambda: planar(flat.t().contiguous()), 'crop': lambda: torch.nn.functional.pad(x, (1, 2, 3, 0))[..., 3:, 1:-2],
+    x = {'rows': lambda: planar(flat.t().contiguous()), 'planar rows': lambda: planar(flat.t()), 'every other row': lambda: planar(flat.t().repeat_interleave(2, 0)[::2]), 'one row': lambda: flat[None, :, None], 'crop': lambda: torch.nn.functional.pad(x, (1, 2, 3, 0))[..., 3:, 1:-2],
          'channels_last': lambda: x.to(memory_format=torch.channels_last)}.get(name, lambda: x)()
     step = flat.shape[1]//module.SAMPLE | 1
     got, none = strided(x, None, None)
     assert none is None and np.array_equal(got, flat[:, ::step])
-    got, w = strided(x, weight if name != 'rows' else weight.reshape(1, -1, 1), [0, 3])
+    got, w = strided(x, weight.reshape(x[:, 0].shape), [0, 3])
     alive = weight.flatten()[::step] > 0
     assert np.array_equal(got, flat[[0, 3], ::step][:, alive]) and np.array_equal(w, weight.flatten()[::step][alive])
 
@@ -225,6 +225,26 @@ def test_millimetre_work_is_done_on_the_sample(seed):
     g = torch.Generator().manual_seed(seed)
     scores, prior = 2*torch.rand(1, 7, 400, 500, generator=g) - 1, torch.rand(7, generator=g, dtype=torch.float64) + .1
     assert sinkhorn(scores, prior/prior.sum(), .05, 1e-3).passes <= 3 and sinkhorn(scores, prior/prior.sum(), .05, 1e-6).passes <= 4
+
+def test_ties_of_all_pixels_are_counted_only_for_a_fine_tolerance(monkeypatch):
+    "They cost more than the passes that they save, unless the sample would have to help three times."
+    counted, whole = [], module.sweep
+    monkeypatch.setattr(module, 'sweep', lambda p, h, eps, ties, *a: (counted.append(ties), whole(p, h, eps, ties, *a))[1])
+    g = torch.Generator().manual_seed(0)
+    scores = 2*torch.rand(1, 7, 400, 500, generator=g) - 1
+    sinkhorn(scores, torch.arange(1, 8)/28, .05, 1e-3)
+    assert counted and not any(counted)
+    sinkhorn(scores, torch.arange(1, 8)/28, .05, 1e-7)
+    assert sum(counted) == 1
+
+@pytest.mark.parametrize('n', [200, 300_000])
+@pytest.mark.parametrize('none_of', [None, 2])
+def test_the_plan_of_rows_lies_class_by_class(n, none_of):
+    scores, prior = problem(0, n=n, classes=5, dtype=torch.float32)
+    if none_of is not None: prior = torch.where(torch.arange(5) == none_of, 0, prior)/(1 - prior[none_of])
+    plan = sinkhorn(scores, prior, .2, 1e-5)
+    assert plan.assignment.shape == (n, 5) and plan.assignment.t().is_contiguous() and plan.apply(scores).t().is_contiguous()
+    torch.testing.assert_close(plan.assignment, torch.softmax((scores.double() + plan.dual)/.2, 1).float(), atol=1e-5, rtol=0)
 
 def test_a_large_plan_lies_as_torch_would_lay_it(tmp_path):
     scores = torch.rand(1, 4, 600, 500)

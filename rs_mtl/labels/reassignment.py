@@ -213,7 +213,8 @@ class Assigner(nn.Module):
 # %% ../../nbs/labels/41_reassignment.ipynb #8e037f67
 def settle(rows: Tensor, weight: Tensor, prior: Tensor, eps: float, strength: float, init: Tensor) -> Plan:
     "The KL-relaxed plan of a pool of samples."
-    return sinkhorn(rows.flatten(0, -2), prior, eps, 1e-4, weight.flatten(), 'kl', strength, init, on_fail='warn')
+    alive = weight > 0
+    return sinkhorn(rows[alive], prior, eps, 1e-4, weight[alive], 'kl', strength, init, on_fail='warn')
 
 # %% ../../nbs/labels/41_reassignment.ipynb #228ffab9
 class Informed(Assigner):
