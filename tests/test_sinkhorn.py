@@ -338,7 +338,7 @@ def test_blocks_do_not_matter(block, monkeypatch):
     image = scores.t().reshape(6, 4, 50, 100).transpose(0, 1)
     weight = torch.rand(4, 50, 100, generator=torch.Generator().manual_seed(0)).round(decimals=1)
     want = sinkhorn(image, prior, tol=1e-6, weight=weight)
-    monkeypatch.setitem(module.BLOCK, 'cpu', (block*6, block*6))
+    monkeypatch.setitem(module.BLOCK, 'cpu', (block*6,)*3)
     assert (sinkhorn(image, prior, tol=1e-6, weight=weight).assignment - want.assignment).abs().max() < 1e-4
 
 LAYOUTS = {'channels_last': lambda x: x.to(memory_format=torch.channels_last), 'crop': lambda x: torch.nn.functional.pad(x, (3, 5, 2, 1), value=torch.nan)[..., 2:-1, 3:-5],
@@ -355,7 +355,7 @@ def test_any_layout_in_memory_gives_the_same_plan(name):
         torch.testing.assert_close(plan.assignment.transpose(0, 1).reshape(5, -1).t(), rows.assignment, atol=1e-4, rtol=0)
 
 def test_one_long_row_is_cut_too(monkeypatch):
-    monkeypatch.setitem(module.BLOCK, 'cpu', (300, 300))
+    monkeypatch.setitem(module.BLOCK, 'cpu', (300, 300, 300))
     scores, prior = problem(0, n=1000, classes=3, dtype=torch.float32)
     plan = sinkhorn(scores.t().reshape(1, 3, 1, 1000), prior, .3, 1e-6)
     torch.testing.assert_close(plan.assignment[0, :, 0].t(), sinkhorn(scores, prior, .3, 1e-6).assignment, atol=1e-5, rtol=0)

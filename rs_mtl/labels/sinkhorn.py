@@ -80,7 +80,7 @@ KINDS: dict[str, type[Equal]] = {'equal': Equal, 'kl': Relaxed, 'upper': Upper}
 # %% ../../nbs/labels/40_sinkhorn.ipynb #a0c51d4c
 BITS = 1/math.log(2)                        # powers of 2 are cheaper than powers of e
 NARROW, FLOOR = 90., -86.                   # exponents of 2: up to here none needs a shift; what is less, in a row whose largest is 0, counts as this
-BLOCK = {'cpu': (1 << 14, 1 << 17), 'cuda': (1 << 22, 1 << 24)}     # numbers in a block, at least and at most
+BLOCK = {'cpu': (1 << 14, 1 << 17, 1 << 20), 'cuda': (1 << 22, 1 << 24, 1 << 24)}   # numbers in a block: beside the plan at least, and at most; at most, where the plan stands
 
 def working_type(x: Tensor) -> torch.dtype:
     "What is computed in: float32, and float64 for float64."
@@ -104,8 +104,8 @@ class Pixels:
         self.holes = weight is not None and bool((weight == 0).any())       # whether some pixel takes no part
         self.inside = out is not None and live is None and out.is_contiguous()     # blocks are computed where the plan will be
         self.classes, self.dtype, self.visits = c if live is None else len(live), working_type(scores), 0
-        least, most = BLOCK.get(scores.device.type, BLOCK['cuda'])
-        limit = max(1, (most if self.inside else min(max(scores.numel()//28, least), most))//self.classes)
+        least, most, large = BLOCK.get(scores.device.type, BLOCK['cuda'])
+        limit = max(1, (min(max(scores.numel()//8, most), large) if self.inside else min(max(scores.numel()//28, least), most))//self.classes)
         cols = max(1, min(w, limit))
         rows = max(1, min(h, limit//cols))
         self.chunk = max(1, limit//(rows*cols)) if (rows, cols) == (h, w) else 1, rows, cols
@@ -262,7 +262,7 @@ def strided(scores: Tensor, weight: Tensor | None, live: list[int] | None) -> tu
     else:
         i = torch.arange(0, n, step, device=scores.device)
         x = scores.transpose(0, 1)[:, i//max(1, h*w), i//max(1, w) % max(1, h), i % max(1, w)]
-    x = x.to(working_type(x), copy=True) if live is None else x[live].to(working_type(x))
+    x = x.to(working_type(x), copy=True, memory_format=torch.contiguous_format) if live is None else x[live].to(working_type(x), memory_format=torch.contiguous_format)
     if weight is None: return x.cpu().numpy(), None
     some = weight.reshape(-1)[::step].to(x.dtype)
     alive = some > 0
