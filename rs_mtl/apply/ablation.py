@@ -81,6 +81,7 @@ ABLATIONS['dllr'] = Plan({
     'dllr, likeliest labels': _dllr(reassignment=None),
     'dllr, labels not reassigned': _dllr(reassignment=None, doubt=None),
     'dllr, no slow copy': _dllr(decay=0.),
+    'dllr, joined by concat': _dllr(net={'complementary': False}),
     'dllr, agreed': _dllr(agreed=True),
     'dllr, agreed, all channels': _dllr(agreed=True, drop=0.),
     'dllr, agreed, likeliest labels': _dllr(agreed=True, reassignment=None),

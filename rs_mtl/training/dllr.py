@@ -25,7 +25,7 @@ SOURCES: dict[str, dict[str, tuple[str, ...]]] = {  # form of consistency -> hea
     'cross': {'mask': ('mask',), 'mask_image': ('mask_sar', 'mask'), 'mask_sar': ('mask_image', 'mask')},
     'self': dict.fromkeys(('mask', 'mask_image', 'mask_sar'), ('mask',))}
 
-TRANSPORT = {'floor': .1, 'strength': .3, 'tile': 0.}  # of a `Reassigner` in training: what the net says on average, anchored by the labelled pixels, is what the classes are drawn to
+TRANSPORT = {'floor': .1, 'strength': .3, 'tile': 0., 'guard': False}  # of a `Reassigner` in training: what the net says on average, anchored by the labelled pixels, is what the classes are drawn to
 
 def _chosen(name: str, value: Any, known: Sequence[Any]) -> Any:
     if value is True: value = known[0]
