@@ -105,7 +105,7 @@ class Pixels:
         self.inside = out is not None and live is None and out.is_contiguous()     # blocks are computed where the plan will be
         self.classes, self.dtype, self.visits = c if live is None else len(live), working_type(scores), 0
         least, most, large = BLOCK.get(scores.device.type, BLOCK['cuda'])
-        limit = max(1, (min(max(scores.numel()//8, most), large) if self.inside else min(max(scores.numel()//28, least), most))//self.classes)
+        limit = max(1, (min(max(scores.numel()//12, most), large) if self.inside else min(max(scores.numel()//28, least), most))//self.classes)
         cols = max(1, min(w, limit))
         rows = max(1, min(h, limit//cols))
         self.chunk = max(1, limit//(rows*cols)) if (rows, cols) == (h, w) else 1, rows, cols
