@@ -17,6 +17,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'rs_mtl.apply.ablation.drawn': ('apply/ablation.html#drawn', 'rs_mtl/apply/ablation.py'),
                                        'rs_mtl.apply.ablation.few_labels': ('apply/ablation.html#few_labels', 'rs_mtl/apply/ablation.py'),
                                        'rs_mtl.apply.ablation.figure': ('apply/ablation.html#figure', 'rs_mtl/apply/ablation.py'),
+                                       'rs_mtl.apply.ablation.gain_figure': ('apply/ablation.html#gain_figure', 'rs_mtl/apply/ablation.py'),
+                                       'rs_mtl.apply.ablation.gains': ('apply/ablation.html#gains', 'rs_mtl/apply/ablation.py'),
                                        'rs_mtl.apply.ablation.label_curve': ('apply/ablation.html#label_curve', 'rs_mtl/apply/ablation.py'),
                                        'rs_mtl.apply.ablation.plan_of': ('apply/ablation.html#plan_of', 'rs_mtl/apply/ablation.py'),
                                        'rs_mtl.apply.ablation.rows_of': ('apply/ablation.html#rows_of', 'rs_mtl/apply/ablation.py'),

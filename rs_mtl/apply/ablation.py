@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ABLATIONS', 'SHORT', 'Plan', 'plan_of', 'variants', 'drawn', 'train_row', 'run_table', 'summary', 'rows_of',
-           'few_labels', 'costs', 'figure', 'label_curve', 'cover_curve']
+           'few_labels', 'costs', 'figure', 'gains', 'gain_figure', 'label_curve', 'cover_curve']
 
 # %% ../../nbs/apply/76_ablation.ipynb #f81d83bb
 import hashlib, inspect, json, math, re, time
@@ -343,6 +343,51 @@ def figure(rows: Sequence[Mapping[str, Any]],                          # of a ta
             ax.plot(found[name], [y]*len(found[name]), 'o', ms=4, color='C1', alpha=.8)
         ax.set(xlabel=label, yticks=range(len(names)), yticklabels=names); ax.grid(axis='x', alpha=.3); ax.locator_params(axis='x', nbins=5)
     axes[0][0].set_ylim(len(names) - .5, -.5)   # the first on top, also one that stands at the rim
+    plt.close(fig)
+    return fig
+
+# %% ../../nbs/apply/76_ablation.ipynb #3f7a1c02
+def gains(rows: Sequence[Mapping[str, Any]], # of a table
+          full: str,                         # variant from which the others are taken away
+          score: str = 'miou',               # what is compared; more must be better
+          scale: float = 100.                # into points
+         ) -> list[dict[str, Any]]:          # a row per variant and share of labels, in their order: seeds, the gain on each, mean, std, and whether that shows something
+    "How far one variant is ahead of each of the others, seed by seed."
+    of = {(r['variant'], r.get('labels', ''), r['seed']): scale*r[score] for r in rows if r.get(score) is not None}
+    if not any(name == full for name, _, _ in of): raise ConfigError(f'no row of {full!r} with {score!r}', f'one of {", ".join(dict.fromkeys(name for name, _, _ in of)) or "no variant at all"}')
+    out: list[dict[str, Any]] = []
+    for name, share in dict.fromkeys((name, share) for name, share, _ in of if name != full):
+        seeds = [k for other, of_share, k in of if (other, of_share) == (name, share) and (full, share, k) in of]
+        if not seeds: continue
+        found = [of[full, share, k] - of[name, share, k] for k in seeds]
+        mean, std = float(np.mean(found)), _std(found)
+        shows = len(found) > 2 and abs(mean) > std or len(found) > 4 and (min(found) > 0 or max(found) < 0)
+        out.append({'variant': name, **({'labels': share} if share else {}), 'seeds': seeds, 'gains': found, 'mean': mean, 'std': std, 'shows': shows})
+    return out
+
+# %% ../../nbs/apply/76_ablation.ipynb #3f7a1c05
+def gain_figure(tables: Mapping[str, Sequence[Mapping[str, Any]]],   # title of a panel -> rows, as `gains` gives them
+                names: Mapping[str, str] | None = None,              # the variants to draw, in this order, and how they are called; None: all
+                label: str = 'points ahead',
+                reach: float = 12.                                   # no axis goes further; what does is told at the rim
+               ) -> Any:                                             # a matplotlib figure
+    "A dot per seed, a bar for the mean and its spread; filled where they show something."
+    import matplotlib.pyplot as plt
+    names = names or {r['variant']: r['variant'] for rows in tables.values() for r in rows}
+    fig, axes = plt.subplots(1, len(tables), figsize=(2. + 2.5*len(tables), .8 + .34*len(names)), sharey=True, squeeze=False, layout='constrained')
+    for ax, (title, rows) in zip(axes[0], tables.items(), strict=True):
+        ax.axvline(0, color='grey', lw=.8)
+        held = np.clip([g for r in rows if r['variant'] in names for g in r['gains']] or [0.], -reach, reach)
+        left, right = min(held.min(), 0), max(held.max(), 0)
+        margin = .06*(right - left) or 1.
+        for y, r in ((y, r) for y, name in enumerate(names) for r in rows if r['variant'] == name):
+            colour = 'C7' if not r['shows'] else 'C0' if r['mean'] > 0 else 'C3'
+            ax.barh(y, np.clip(r['mean'], -reach, reach), height=.6, color=colour, alpha=.35)
+            ax.plot(np.clip(r['gains'], -reach, reach), [y]*len(r['gains']), 'o', ms=4, color=colour, alpha=.8)
+            for far in (1, -1):
+                if (beyond := [f'{g:+.0f}' for g in r['gains'] if far*g > reach]): ax.annotate(', '.join(beyond), (far*reach, y - .32), ha='right' if far > 0 else 'left', va='center', fontsize=7, color=colour)
+        ax.set(title=title, xlabel=label, xlim=(left - margin, right + margin), yticks=range(len(names)), yticklabels=list(names.values())); ax.grid(axis='x', alpha=.3)
+    axes[0][0].set_ylim(len(names) - .5, -.5)
     plt.close(fig)
     return fig
 
