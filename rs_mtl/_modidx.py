@@ -1811,6 +1811,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'rs_mtl.training.semi.answering': ('training/semi.html#answering', 'rs_mtl/training/semi.py'),
                                       'rs_mtl.training.semi.channels_dropped': ( 'training/semi.html#channels_dropped',
                                                                                  'rs_mtl/training/semi.py'),
+                                      'rs_mtl.training.semi.check_options': ('training/semi.html#check_options', 'rs_mtl/training/semi.py'),
                                       'rs_mtl.training.semi.consensus': ('training/semi.html#consensus', 'rs_mtl/training/semi.py'),
                                       'rs_mtl.training.semi.evened': ('training/semi.html#evened', 'rs_mtl/training/semi.py'),
                                       'rs_mtl.training.semi.judged': ('training/semi.html#judged', 'rs_mtl/training/semi.py'),

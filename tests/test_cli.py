@@ -195,7 +195,7 @@ def test_an_ablation_writes_its_table_and_what_is_done_is_not_trained_again(tmp_
     run('ablate', tmp_path, **how)
     found = json.loads((tmp_path/'ctme_ablation.json').read_text())
     assert [r['variant'] for r in found['rows']] == ['hard-shared', 'full'] and all(r['params'] and r['step_ms'] and 0 <= r['miou'] <= 1 and r['rmse'] > 0 for r in found['rows'])
-    assert {'command', 'versions', 'protocol', 'summary'} <= set(found) and (tmp_path/'ctme_ablation.png').is_file()
+    assert {'command', 'versions', 'protocol', 'summary'} <= set(found) and all((tmp_path/f'ctme_ablation{what}.png').is_file() for what in ('', '_gains'))
     kept = {p: p.stat().st_mtime_ns for what in ('*/row.json', '*/net-0/model.safetensors') for p in tmp_path.glob(what)}
     assert len(kept) == 4
     run('ablate', tmp_path, **how)

@@ -43,6 +43,7 @@ class Plan:
     begin: Mapping[str, Any] | None = None               # net from which all variants go on, where they do; None: each one's own, taught by labels alone
     first: Mapping[str, Any] = field(default_factory=dict) # and what is drawn differently for it
     last: bool = False                                   # the net of the last step is scored, not that of the best validation epoch
+    full: str = 'full'                                   # variant that has all ideas: how far it is ahead of the others is told seed by seed
 
 _CTME: dict[str, Any] = {'model': 'ctme', 'embedding': False, 'distillation': False, 'interaction': None, 'answers': False}
 
@@ -91,7 +92,7 @@ ABLATIONS['dllr'] = Plan({
     'dllr, squares, pixel level': _dllr(**_SQUARES, reassignment='pixel'),
     'dllr, squares, likeliest labels': _dllr(**_SQUARES, reassignment=None),
     'dllr, squares, sensors not heard': _dllr(**_SQUARES, doubt=None),
-}, 'land', ('image', 'sar'), ('mask',), {'miou': 'mIoU'}, 'supervised', 'dllr_labels', curve=('supervised', 'mean teacher', 'cross pseudo-supervision', 'fixmatch', 'unimatch', 'dllr'), options={'days': 1.}, train={'tiles': 4}, last=True)
+}, 'land', ('image', 'sar'), ('mask',), {'miou': 'mIoU'}, 'supervised', 'dllr_labels', curve=('supervised', 'mean teacher', 'cross pseudo-supervision', 'fixmatch', 'unimatch', 'dllr'), options={'days': 1.}, train={'tiles': 4}, last=True, full='dllr')
 
 # %% ../../nbs/apply/76_ablation.ipynb #7d3c11a3
 ABLATIONS['dllr_clouds'] = replace(ABLATIONS['dllr'],

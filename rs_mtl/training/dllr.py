@@ -18,7 +18,7 @@ from ..core import IGNORE, ConfigError, valid_key
 from ..labels.reassignment import Reassigner
 from ..layers.complementary import complementary_loss
 from ..layers.masking import Masking
-from .semi import SENSORS, SlowCopy, Target, channels_dropped, consensus, judged, look, need_heads, taught
+from .semi import SENSORS, SlowCopy, Target, channels_dropped, check_options, consensus, judged, look, need_heads, taught
 
 # %% ../../nbs/training/66_dllr.ipynb #735018c1
 SOURCES: dict[str, dict[str, tuple[str, ...]]] = {  # form of consistency -> head -> who teaches it
@@ -86,6 +86,7 @@ class Switches(SlowCopy):
         if not 0 <= threshold <= 1: raise ConfigError(f'threshold={threshold}', 'a probability')
         if not 0 <= drop < 1: raise ConfigError(f'drop={drop}', 'a share from 0 to below 1')
         if doubt is not None and not 0 < doubt < float('inf'): raise ConfigError(f'doubt={doubt}', 'a share above 0, or None')
+        check_options('transport', Reassigner, transport or {}, ('classes', 'levels'))
         if mask_labelled and self.masking is None: raise ConfigError('mask_labelled with nothing to hide', 'squares to hide', 'masking=Masking()')
         self.asks = bool(self.consistency)
         self.reassigners = nn.ModuleDict()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SENSORS', 'METHODS', 'look', 'judged', 'answering', 'Target', 'consensus', 'taught', 'pseudo_loss', 'evened', 'paste',
            'ramped', 'Labelled', 'Counted', 'Unlabelled', 'SemiObjective', 'FixMatch', 'channels_dropped', 'UniMatch',
-           'need_heads', 'CPS', 'SlowCopy', 'MeanTeacher', 'share_loss', 'semi_objective']
+           'need_heads', 'CPS', 'SlowCopy', 'MeanTeacher', 'share_loss', 'semi_objective', 'check_options']
 
 # %% ../../nbs/training/65_semi.ipynb #26db6c41
 import copy, warnings
@@ -419,11 +419,15 @@ def semi_objective(method: str,                         # one of `METHODS`
                   ) -> SemiObjective:
     "The objective of a method."
     build: Any = METHODS[method]
-    known = _options(build)
-    if wrong := [k for k in options if k not in known]: raise ConfigError(f'method {method!r} has no option {wrong[0]!r}', f'one of {", ".join(known)}', _closest(wrong[0], known))
-    for k, value in options.items():
-        if not isinstance(value, known[k]): raise ConfigError(f'method {method!r}: {k}={value!r}', ' or '.join({Real: 'a number', Integral: 'a whole number', type(None): 'None'}.get(t, t.__name__) for t in known[k]))
+    check_options(f'method {method!r}', build, options)
     return build(tasks, **options)
+
+def check_options(what: str, build: Any, options: Mapping[str, Any], given: Sequence[str] = ()) -> None:
+    "Raise where a class does not take an option, or takes it of another kind; what is `given` already is no option."
+    known = {k: t for k, t in _options(build).items() if k not in given}
+    if wrong := [k for k in options if k not in known]: raise ConfigError(f'{what} has no option {wrong[0]!r}', f'one of {", ".join(known)}', _closest(wrong[0], known))
+    for k, value in options.items():
+        if not isinstance(value, known[k]): raise ConfigError(f'{what}: {k}={value!r}', ' or '.join({Real: 'a number', Integral: 'a whole number', type(None): 'None'}.get(t, t.__name__) for t in known[k]))
 
 def _options(build: Any) -> dict[str, tuple[type, ...]]: # name -> types of its values
     "What the classes of a method take."
