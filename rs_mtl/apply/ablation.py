@@ -370,23 +370,25 @@ def gains(rows: Sequence[Mapping[str, Any]], # of a table
 def gain_figure(tables: Mapping[str, Sequence[Mapping[str, Any]]],   # title of a panel -> rows, as `gains` gives them
                 names: Mapping[str, str] | None = None,              # the variants to draw, in this order, and how they are called; None: all
                 label: str = 'points ahead',
-                reach: float = 12.                                   # no axis goes further; what does is told at the rim
+                reach: float | None = None                           # no axis goes further, and what does is told at the rim; None: six times as far as the middle one of a panel's means
                ) -> Any:                                             # a matplotlib figure
-    "A dot per seed, a bar for the mean and its spread; filled where they show something."
+    "A dot per seed and a bar for their mean: blue, or red below zero, where they show something, and grey where not."
     import matplotlib.pyplot as plt
     names = names or {r['variant']: r['variant'] for rows in tables.values() for r in rows}
     fig, axes = plt.subplots(1, len(tables), figsize=(2. + 2.5*len(tables), .8 + .34*len(names)), sharey=True, squeeze=False, layout='constrained')
     for ax, (title, rows) in zip(axes[0], tables.items(), strict=True):
         ax.axvline(0, color='grey', lw=.8)
-        held = np.clip([g for r in rows if r['variant'] in names for g in r['gains']] or [0.], -reach, reach)
+        mine = [r for r in rows if r['variant'] in names]
+        most = reach or 6*float(np.median([abs(r['mean']) for r in mine] or [0.])) or math.inf
+        held = np.clip([g for r in mine for g in r['gains']] or [0.], -most, most)
         left, right = min(held.min(), 0), max(held.max(), 0)
         margin = .06*(right - left) or 1.
-        for y, r in ((y, r) for y, name in enumerate(names) for r in rows if r['variant'] == name):
+        for y, r in ((y, r) for y, name in enumerate(names) for r in mine if r['variant'] == name):
             colour = 'C7' if not r['shows'] else 'C0' if r['mean'] > 0 else 'C3'
-            ax.barh(y, np.clip(r['mean'], -reach, reach), height=.6, color=colour, alpha=.35)
-            ax.plot(np.clip(r['gains'], -reach, reach), [y]*len(r['gains']), 'o', ms=4, color=colour, alpha=.8)
+            ax.barh(y, np.clip(r['mean'], -most, most), height=.6, color=colour, alpha=.35)
+            ax.plot(np.clip(r['gains'], -most, most), [y]*len(r['gains']), 'o', ms=4, color=colour, alpha=.8)
             for far in (1, -1):
-                if (beyond := [f'{g:+.0f}' for g in r['gains'] if far*g > reach]): ax.annotate(', '.join(beyond), (far*reach, y - .32), ha='right' if far > 0 else 'left', va='center', fontsize=7, color=colour)
+                if (beyond := [f'{g:+.2g}' for g in r['gains'] if far*g > most]): ax.annotate(', '.join(beyond), (far*most, y - .32), ha='right' if far > 0 else 'left', va='center', fontsize=7, color=colour)
         ax.set(title=title, xlabel=label, xlim=(left - margin, right + margin), yticks=range(len(names)), yticklabels=list(names.values())); ax.grid(axis='x', alpha=.3)
     axes[0][0].set_ylim(len(names) - .5, -.5)
     plt.close(fig)
