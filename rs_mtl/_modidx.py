@@ -3,6 +3,8 @@
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'rs_mtl'},
   'syms': { 'rs_mtl.apply.ablation': { 'rs_mtl.apply.ablation.Plan': ('apply/ablation.html#plan', 'rs_mtl/apply/ablation.py'),
                                        'rs_mtl.apply.ablation._begun': ('apply/ablation.html#_begun', 'rs_mtl/apply/ablation.py'),
+                                       'rs_mtl.apply.ablation._differences': ( 'apply/ablation.html#_differences',
+                                                                               'rs_mtl/apply/ablation.py'),
                                        'rs_mtl.apply.ablation._digest': ('apply/ablation.html#_digest', 'rs_mtl/apply/ablation.py'),
                                        'rs_mtl.apply.ablation._dllr': ('apply/ablation.html#_dllr', 'rs_mtl/apply/ablation.py'),
                                        'rs_mtl.apply.ablation._kept_bytes': ('apply/ablation.html#_kept_bytes', 'rs_mtl/apply/ablation.py'),

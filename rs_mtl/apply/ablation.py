@@ -233,7 +233,7 @@ def summary(rows: Sequence[Mapping[str, Any]],               # of a table
             baseline: str = ''                               # a variant from which differences are counted, seed by seed
            ) -> list[dict[str, Any]]:                        # a row per variant: mean and std of each score over the seeds
     "Means and standard deviations over the seeds; the deviation of one seed is unknown, not zero."
-    base = {(r.get('labels', ''), r['seed']): r for r in rows if r['variant'] == baseline}
+    apart = {s: _differences(rows, baseline, s) for s in scores}
     out: list[dict[str, Any]] = []
     for name, share in dict.fromkeys((r['variant'], r.get('labels', '')) for r in rows):
         mine = [r for r in rows if (r['variant'], r.get('labels', '')) == (name, share)]
@@ -241,12 +241,20 @@ def summary(rows: Sequence[Mapping[str, Any]],               # of a table
         for s in scores:
             if not (values := [r[s] for r in mine if r.get(s) is not None]): continue   # what a test set cannot tell is not there
             line |= {s: float(np.mean(values)), f'{s}_std': _std(values)}
-            gains = [r[s] - b[s] for r in mine if r.get(s) is not None and (b := base.get((share, r['seed']), {})).get(s) is not None]
-            if gains and name != baseline: line |= {f'{s}_gain': float(np.mean(gains)), f'{s}_gain_std': _std(gains)}
+            if found := [*apart[s].get((name, share), {}).values()]: line |= {f'{s}_gain': float(np.mean(found)), f'{s}_gain_std': _std(found)}
         out.append(line)
     return out
 
 def _std(values: Sequence[float]) -> float: return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+def _differences(rows: Sequence[Mapping[str, Any]], base: str, score: str) -> dict[tuple[str, str], dict[int, float]]: # (variant, share of labels) -> seed -> difference
+    "What each variant scores more than another on the same labels and seed."
+    of = {(r.get('labels', ''), r['seed']): r[score] for r in rows if r['variant'] == base and r.get(score) is not None}
+    out: dict[tuple[str, str], dict[int, float]] = {}
+    for r in rows:
+        share, seed = at = r.get('labels', ''), r['seed']
+        if r['variant'] != base and r.get(score) is not None and at in of: out.setdefault((r['variant'], share), {})[seed] = r[score] - of[at]
+    return out
 
 def rows_of(path: str | Path                  # a result file of `rs-mtl ablate`
            ) -> list[dict[str, Any]]:         # rows as `run_table` gives them; none where there is no such file
@@ -354,16 +362,14 @@ def gains(rows: Sequence[Mapping[str, Any]], # of a table
           scale: float = 100.                # into points
          ) -> list[dict[str, Any]]:          # a row per variant and share of labels, in their order: seeds, the gain on each, mean, std, and whether that shows something
     "How far one variant is ahead of each of the others, seed by seed."
-    of = {(r['variant'], r.get('labels', ''), r['seed']): scale*r[score] for r in rows if r.get(score) is not None}
-    if not any(name == full for name, _, _ in of): raise ConfigError(f'no row of {full!r} with {score!r}', f'one of {", ".join(dict.fromkeys(name for name, _, _ in of)) or "no variant at all"}')
+    known = dict.fromkeys(r['variant'] for r in rows if r.get(score) is not None)
+    if full not in known: raise ConfigError(f'no row of {full!r} with {score!r}', f'one of {", ".join(known) or "no variant at all"}')
     out: list[dict[str, Any]] = []
-    for name, share in dict.fromkeys((name, share) for name, share, _ in of if name != full):
-        seeds = [k for other, of_share, k in of if (other, of_share) == (name, share) and (full, share, k) in of]
-        if not seeds: continue
-        found = [of[full, share, k] - of[name, share, k] for k in seeds]
+    for (name, share), less in _differences(rows, full, score).items():
+        found = [-scale*d for d in less.values()]
         mean, std = float(np.mean(found)), _std(found)
         shows = len(found) > 2 and abs(mean) > std or len(found) > 4 and (min(found) > 0 or max(found) < 0)
-        out.append({'variant': name, **({'labels': share} if share else {}), 'seeds': seeds, 'gains': found, 'mean': mean, 'std': std, 'shows': shows})
+        out.append({'variant': name, **({'labels': share} if share else {}), 'seeds': [*less], 'gains': found, 'mean': mean, 'std': std, 'shows': shows})
     return out
 
 # %% ../../nbs/apply/76_ablation.ipynb #3f7a1c05
@@ -383,7 +389,8 @@ def gain_figure(tables: Mapping[str, Sequence[Mapping[str, Any]]],   # title of 
         held = np.clip([g for r in mine for g in r['gains']] or [0.], -most, most)
         left, right = min(held.min(), 0), max(held.max(), 0)
         margin = .06*(right - left) or 1.
-        for y, r in ((y, r) for y, name in enumerate(names) for r in mine if r['variant'] == name):
+        for r in mine:
+            y = [*names].index(r['variant'])
             colour = 'C7' if not r['shows'] else 'C0' if r['mean'] > 0 else 'C3'
             ax.barh(y, np.clip(r['mean'], -most, most), height=.6, color=colour, alpha=.35)
             ax.plot(np.clip(r['gains'], -most, most), [y]*len(r['gains']), 'o', ms=4, color=colour, alpha=.8)
